@@ -2,9 +2,8 @@
 
 A job is a run folder named by a fingerprint of its resolved settings, so that one study finds the
 jobs of another. Its parts, each stage and each evaluation, run one by one in forks of this process:
-imports are paid once, peak memory is a part's own, and no fault or kill of one ends the study.
-Jobs that agree in model, data, seed and `dcr` share stage one, and those that agree in everything
-but the readout share SFT: the first trains it, the others take it over by hard links.
+imports are paid once, peak memory is a part's own, and no fault or kill of one ends the study. Jobs
+share stages (`adopting`): the first trains one, the others take it over.
 """
 
 import functools
@@ -14,26 +13,25 @@ import logging
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from dcr import entry, extensions, plan, report
+from dcr import adopting, entry, extensions, plan, report
 from dcr import eval as evaluation
-from dcr.core import cli, config, data, ending, machine, prompts, runs, storage
+from dcr.adopting import NAMES
+from dcr.core import cli, config, ending, machine, prompts, runs, storage
 from dcr.core.config import (
     STAGES,
     ConfigError,
-    DataError,
     Method,
     Stage,
     TrainConfig,
@@ -42,7 +40,7 @@ from dcr.core.config import (
 )
 from dcr.core.config.evaluation import DeviceConfig
 from dcr.core.ending import single_line
-from dcr.core.runs import Cost, Run
+from dcr.core.runs import Run
 from dcr.core.text import label_of, nearest
 from dcr.extensions import EvalSettings, TrainSettings
 from dcr.plan import cost
@@ -52,9 +50,6 @@ SET_BY_STUDY = {  # settings of train.py and eval.py that no user gives
     *("run", "stage", "plan", "force", "output", "snapshots", "steps", "sweep"),
     *("endpoint", "endpoint_model", "endpoint_key", "endpoint_parameters"),
 }
-STAGE_ONE = ("model", "data", "dcr", "seed", "tracking")  # nodes that decide its weights and log
-STAGE_ONE_ROWS = ("seemingly_toxic", "toxic", "normal")
-NAMES = {Stage.contrastive: "stage one", Stage.sft: "SFT", Stage.readout: "readout"}
 
 
 @dataclass(frozen=True)
@@ -312,7 +307,7 @@ def train_stage(settings: TrainConfig, run: Run, stage: Stage) -> None:
 
     extensions.hand_in_passes()
     last = stage is config.stages_of(settings)[-1]
-    adopted = stage is not Stage.readout and adopt(settings, run, stage)
+    adopted = stage is not Stage.readout and adopting.adopt(settings, run, stage)
     if last or not adopted:
         training_script.train(settings if last else replace(settings, stage=stage), run)
 
@@ -345,121 +340,6 @@ def _evaluated(settings: EvalSettings, run: Run) -> str:
     free = ("run", "output", "trainer", "wandb")
     made_with = {key: value for key, value in config.plain(settings).items() if key not in free}
     return storage.fingerprint([weights, made_with])
-
-
-def made_of(made_with: Mapping[str, Any], stage: Stage) -> str:
-    """A fingerprint of the part of a run's configuration that a shared stage depends on."""
-    decisive = runs.binding(made_with)
-    if stage is Stage.contrastive:
-        return storage.fingerprint({key: decisive.get(key) for key in STAGE_ONE})
-    sft = {key: value for key, value in decisive["sft"].items() if key != "readout"}
-    return storage.fingerprint(decisive | {"sft": sft})
-
-
-def adopt(settings: TrainConfig, run: Run, stage: Stage) -> bool:
-    """Take over a stage from a run beside this one that has the same settings and rows, if any.
-
-    Files are hard-linked where the disk can, which takes no room. A donor with damaged files is
-    named in one line and passed over.
-    """
-    found = donors(settings, run, stage)
-    if not found:
-        return False
-    from dcr import train as training_script
-
-    record = data.row_record(training_script.checked(settings, run))
-    for donor in found:
-        try:
-            with ending.faults_in_words():
-                taken = _take_over(donor, run, settings, record, stage)
-        except UserError as fault:
-            told = f"no {NAMES[stage]} is taken over: {single_line(fault)}"
-            print(told, file=sys.stderr, flush=True)
-            continue
-        if taken:
-            print(f"taken over from {donor.folder}")
-            return True
-    return False
-
-
-def donors(settings: TrainConfig, run: Run, stage: Stage) -> list[Run]:
-    """The runs beside a run that have done this stage with the same settings."""
-    settled, _ = machine.of_training(settings, run.precisions())
-    key, found = made_of(config.plain(settled), stage), []
-    for file in sorted(run.folder.parent.glob("*/config.yaml")):
-        donor = Run(file.parent)
-        with suppress(UserError):  # a damaged run has nothing to give
-            if donor.folder != run.folder and donor.done(stage.value):
-                found += [donor] if made_of(donor.config(), stage) == key else []
-    return found
-
-
-def _rows_of(record: Mapping[str, Any], stage: Stage) -> dict[str, str]:
-    """The fingerprints of the rows that a shared stage depends on."""
-    rows = record["rows"]
-    names = [name for name in rows if not name.startswith("readout")]
-    if stage is Stage.contrastive:
-        names = [name for name in STAGE_ONE_ROWS if name in rows]
-    own = {path: made["sha256"] for path, made in record.get("own", {}).items()}
-    found = {name: rows[name]["fingerprint"] for name in names} | own
-    if stage is Stage.sft:
-        opened = {name: rows[name].get("openings") for name in names}
-        found |= {f"{name} behind openings": of["fingerprint"] for name, of in opened.items() if of}
-    return found
-
-
-def _take_over(
-    donor: Run, run: Run, settings: TrainConfig, record: Mapping[str, Any], stage: Stage
-) -> bool:
-    """Copy a stage of a donor that started from the same weights and learnt from the same rows.
-
-    Returns whether it did. Raises UserError, before anything is written, where a file of the donor
-    is damaged.
-    """
-    from dcr.core import models
-
-    name, weights = stage.value, donor.stage(stage.value)
-    first = stage is config.stages_of(settings)[0]
-    folder = Path(settings.model.name) if first else run.stage("contrastive")
-    now = models.weights_fingerprint(folder) if folder.is_dir() else None
-    started = storage.read_json(donor.base_file, dict[str, str], runs.RESTORE).get(name)
-    if started is None:
-        raise DataError(f"{donor.base_file}: {name}: missing; {runs.RESTORE}")
-    if _rows_of(donor.record(), stage) != _rows_of(record, stage) or now not in (None, started):
-        return False
-    storage.check_checksums(weights)
-    logged = [row for row in runs.read_metrics(donor) if row["stage"] == name]
-    block, cost_file = donor.block(), donor.cost_file(name)
-    spent = storage.read_json(cost_file, Cost) if cost_file.exists() else None
-    with storage.locked(run.folder):
-        for file, known in ((run.adopted_file, donor.folder.name), (run.base_file, started)):
-            storage.write_json(file, _known(file) | {name: known})
-        runs.forget_metrics_beyond(run, name, 0)
-        runs.append_metrics(run, ([row[key] for key in runs.METRIC_FIELDS] for row in logged))
-        if block is not None and stage is Stage.contrastive:
-            storage.write_json(run.layer_file, {"block": block})
-        if spent is not None:
-            storage.write_json(run.cost_file(name), asdict(spent))
-        for source, target in (
-            (donor.tracked(name), run.tracked(name)),
-            *([(donor.snapshots, run.snapshots)] if stage is Stage.sft else []),
-            (weights, run.stage(name)),  # last: with it the stage is done
-        ):
-            if source.is_dir():
-                with storage.replaced_folder(target) as staging:
-                    shutil.copytree(source, staging, copy_function=_link, dirs_exist_ok=True)
-    return True
-
-
-def _known(file: Path) -> dict[str, str]:
-    return storage.read_json(file, dict[str, str]) if file.exists() else {}
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without links
-        shutil.copy2(source, target)
 
 
 def carry_out(parts: Sequence[Part]) -> dict[str, str]:
@@ -567,7 +447,11 @@ def write_page(planned: Sequence[Job], failed: dict[str, str], page: Path, table
     while shown:
         try:
             with ending.faults_in_words():
-                notes = [note for job in shown for note in _adopted(job.run)]
+                notes = [
+                    f"{job.run.folder.name}: {NAMES[Stage(stage)]} is that of {donor}"
+                    for job in shown
+                    for stage, donor in adopting.adopted(job.run).items()
+                ]
                 notes += [f"failed: {job}: {why}" for job, why in failed.items()]
                 folders = [job.run.folder for job in shown]
                 text = report.build(folders, page, [table], notes=notes)
@@ -581,13 +465,6 @@ def write_page(planned: Sequence[Job], failed: dict[str, str], page: Path, table
         else:
             print(f"{text}\n\npage: {page}")
             return
-
-
-def _adopted(run: Run) -> list[str]:
-    return [
-        f"{run.folder.name}: {NAMES[Stage(stage)]} is that of {donor}"
-        for stage, donor in _known(run.adopted_file).items()
-    ]
 
 
 def describe(planned: Sequence[Job]) -> str:
@@ -617,8 +494,8 @@ def _stage_cell(job: Job, stage: Stage, first: dict[str, str], seconds: list[flo
     if job.run.done(stage.value):
         return "done"
     if stage is not Stage.readout:
-        key = made_of(config.plain(settings), stage)
-        if key in first or donors(settings, job.run, stage):
+        key = adopting.made_of(config.plain(settings), stage)
+        if key in first or adopting.donors(settings, job.run, stage):
             return f"that of {first.get(key, 'an earlier run')}"
         first[key] = job.name
     settings, _ = machine.of_training(settings, job.run.precisions())

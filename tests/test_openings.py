@@ -11,7 +11,7 @@ import pytest
 from rapidfuzz import fuzz
 from scipy import stats
 
-from dcr import openings, plan, study, train
+from dcr import adopting, openings, plan, train
 from dcr.core import config, data, models, prompts, runs
 from dcr.core.config import Kind, Stage
 from dcr.core.data import StageRows
@@ -147,9 +147,9 @@ def test_stage_one_has_no_openings_and_is_shared_between_shares(tmp_path: Path) 
         for each in (asked, off)
     )
     assert with_them == without
-    keys = [study.made_of(config.plain(each), Stage.contrastive) for each in (asked, off)]
+    keys = [adopting.made_of(config.plain(each), Stage.contrastive) for each in (asked, off)]
     assert keys[0] == keys[1]
-    keys = [study.made_of(config.plain(each), Stage.sft) for each in (asked, off)]
+    keys = [adopting.made_of(config.plain(each), Stage.sft) for each in (asked, off)]
     assert keys[0] != keys[1]
 
 

@@ -21,7 +21,7 @@ from scipy import stats
 from test_report import make_eval, make_run, selection
 from tiny_run import logged, same, weights
 
-from dcr import align, report, study
+from dcr import adopting, align, report, study
 from dcr import eval as evaluation_script
 from dcr import train as training_script
 from dcr.core import models, prompts, refusal
@@ -184,7 +184,7 @@ def test_no_stage_one_is_taken_from_a_damaged_run_and_damage_stays_with_its_job(
         shutil.copytree(donor.folder, place / "donor")
         damage(place / "donor" / name)
         capfd.readouterr()
-        assert not study.adopt(trained(other), Run(place / "run"), Stage.contrastive)
+        assert not adopting.adopt(trained(other), Run(place / "run"), Stage.contrastive)
         told = capfd.readouterr()
         assert name == "rows.json" or name in " ".join(told.err.split()), told
         assert not (place / "run").exists()

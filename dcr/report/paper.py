@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from dcr.adopting import adopted
 from dcr.core import storage
 from dcr.core.evaluation.sets import PAPER_SAFETY
 from dcr.core.runs import Cost, Run
@@ -341,9 +342,7 @@ def _over_all_sets(column: Column) -> Cells:
 
 def _cost(column: Column, stage: str, devices: list[str]) -> Cells:
     run = Run(column.run.folder)
-    taken = run.adopted_file
-    adopted = storage.read_json(taken, dict[str, str]) if taken.exists() else {}
-    if stage in adopted or not run.cost_file(stage).exists():
+    if stage in adopted(run) or not run.cost_file(stage).exists():
         return {}
     cost = storage.read_json(run.cost_file(stage), Cost)
     devices += [cost.device] if cost.device else []
