@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
@@ -64,6 +65,7 @@ GPT2: dict[str, Any] = {
     "bos_token_id": None,
     "eos_token_id": 1,
 }
+MIXED = ["sliding_attention", "sliding_attention", "full_attention"]
 GPT_NEOX: dict[str, Any] = {**SHAPE, "rotary_pct": 0.5}
 FAMILIES: dict[str, Any] = {
     "qwen2 tied": Qwen2Config(**SHAPE, tie_word_embeddings=True),
@@ -71,6 +73,7 @@ FAMILIES: dict[str, Any] = {
     "llama biased": LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True),
     "qwen3": Qwen3Config(**SHAPE, head_dim=8, tie_word_embeddings=True),
     "gemma2": Gemma2Config(**SHAPE, head_dim=8, sliding_window=4),
+    "gemma3": Gemma3TextConfig(**SHAPE, head_dim=8, sliding_window=4, layer_types=MIXED),
     "gpt2": GPT2Config(**GPT2),
     "gpt2 untied": GPT2Config(**GPT2, tie_word_embeddings=False),
     "gpt_neox": GPTNeoXConfig(**GPT_NEOX),

@@ -40,6 +40,12 @@ SHAPES: dict[str, dict[str, Any]] = {
         "sliding_window": 4,
         "final_logit_softcapping": 0.5,
     },
+    "gemma3_text": {
+        "intermediate_size": 48,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "sliding_window": 4,
+    },
     "cohere": {"intermediate_size": 48, "num_key_value_heads": 2, "logit_scale": 0.3},
     "granite": {"intermediate_size": 48, "num_key_value_heads": 2, "logits_scaling": 5.0},
     "phi": {"intermediate_size": 48},
@@ -49,7 +55,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "opt_post_norm": {"ffn_dim": 48, "word_embed_proj_dim": WIDTH, "do_layer_norm_before": False},
     "mixtral": {"intermediate_size": 48, "num_key_value_heads": 2, "num_local_experts": DEPTH},
 }
-TIED = {"qwen2_tied", "gemma2", "cohere", "granite", "gpt2", "opt", "opt_post_norm"}
+TIED = {"qwen2_tied", "gemma2", "gemma3_text", "cohere", "granite", "gpt2", "opt", "opt_post_norm"}
 ARCHITECTURE = {"llama_one_block": "llama", "qwen2_tied": "qwen2", "qwen2_untied": "qwen2"}
 ARCHITECTURE |= {"opt_post_norm": "opt"}
 IDS = torch.tensor([[5, 60, 10, 7, 21, 33, 9, 2]])

