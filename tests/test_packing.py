@@ -7,25 +7,34 @@ import pytest
 import torch
 from peft.tuners import lora
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, MixtralConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+)
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from dcr.core import models
 from dcr.core.config import LoraConfig
 from dcr.fast import fusing, packing
-from tests.shapes import FAMILIES, SHAPE, made
+from tests.shapes import FAMILIES, MIXED, SHAPE, made
 
 LENGTHS = (3, 9, 1, 9, 6)
 # Rows that begin with the same eight tokens, two of which have no more: seven are shared.
 ALIKE, PREFIX = (11, 30, 8, 17, 8), 7
 OTHERS: dict[str, Any] = {
     "mistral, a wide window": MistralConfig(**SHAPE, sliding_window=64),
+    "gemma3, wide windows": Gemma3TextConfig(
+        **SHAPE, head_dim=8, sliding_window=64, layer_types=MIXED, initializer_range=0.2
+    ),
     "mistral, a narrow window": MistralConfig(**SHAPE, sliding_window=4),
     "mixtral": MixtralConfig(**SHAPE, num_local_experts=4),
 }
 # Softcaps, dropout in attention, a window that rows are longer than.
-PADDED = {"gemma2", "gpt2", "gpt2 untied", "mistral, a narrow window"}
-FP32 = {"gemma2", "mixtral"}  # the others in fp64
+PADDED = {"gemma2", "gemma3", "gpt2", "gpt2 untied", "mistral, a narrow window"}
+FP32 = {"gemma2", "gemma3", "gemma3, wide windows", "mixtral"}  # the others in fp64
 
 
 def batch(lengths: tuple[int, ...] = LENGTHS) -> tuple[Tensor, Tensor]:
