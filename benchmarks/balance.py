@@ -21,6 +21,10 @@ PAIRINGS = {  # by name: sources of seemingly toxic and of toxic prompts
         ["contrasts_seemingly_toxic", "contrasts_seemingly_toxic_heldout"],
         ["contrasts_toxic", "contrasts_toxic_heldout"],
     ),
+    "registers": (
+        ["registers_seemingly_toxic", "registers_seemingly_toxic_heldout"],
+        ["registers_toxic", "registers_toxic_heldout"],
+    ),
 }
 
 
