@@ -8,7 +8,7 @@ by the kind of its prompt.
 import importlib
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -67,7 +67,7 @@ def write(run: "RunRecord", place: Path) -> list[Path]:
     place.mkdir(parents=True, exist_ok=True)
     for evaluation in run.evaluations:
         for name in evaluation.sets:
-            if rows := answers(evaluation, name):
+            if rows := evaluation.answers(name):
                 file = place / f"{evaluation.folder.name}-{name}.eval"
                 made.write_eval_log(log_of(run, evaluation, name, rows), str(file))
                 written.append(file)
@@ -76,14 +76,6 @@ def write(run: "RunRecord", place: Path) -> list[Path]:
             f"{run.folder}: holds no answers; evaluate it with tasks=[over_refusal,safety]"
         )
     return written
-
-
-def answers(evaluation: "Evaluation", name: str) -> list["Completion"]:
-    """The stored answers that an evaluation counts of a set. DataError for a damaged line."""
-    from dcr.core import generation
-
-    stored = generation.stored(evaluation.folder / f"{name}.jsonl")
-    return [stored[each] for each in evaluation.sets[name].ids or stored if each in stored]
 
 
 def verdicts(evaluation: "Evaluation", name: str, rows: Sequence["Completion"]) -> dict[str, Said]:
@@ -129,26 +121,12 @@ def log_of(
     from dcr.core import storage
     from dcr.report.records import label_of
 
-    log, scorer = (importlib.import_module(f"inspect_ai.{room}") for room in ("log", "scorer"))
+    log = importlib.import_module("inspect_ai.log")
     counts, model = evaluation.sets[name], " ".join(label_of(run, evaluation, with_model=True))
-    said, wanted = verdicts(evaluation, name, rows), WANTED[counts.kind]
+    said, kind = verdicts(evaluation, name, rows), counts.kind
     identity = storage.fingerprint([evaluation.folder.name, name])
     time = (evaluation.folder / "metrics.json").stat().st_mtime
     when = datetime.fromtimestamp(time, UTC).isoformat(timespec="seconds")
-    samples = [
-        _sample(row, wanted, model, {"kind": counts.kind.value, "tokens": row.tokens})
-        for row in rows
-    ]
-    for sample in samples:
-        sample.scores = {
-            judge: scorer.Score(
-                value=of[sample.id][0],
-                answer=sample.output.completion,
-                explanation=of[sample.id][1] or None,
-            )
-            for judge, of in said.items()
-            if sample.id in of
-        }
     about = evaluation.model_dump(
         mode="json", include={"weights", "step", "method", "preset", "seed", "data", "settings"}
     )
@@ -165,59 +143,67 @@ def log_of(
             model=model,
             config=log.EvalConfig(),
             scorers=[{"name": judge} for judge in said],
-            metadata=about | {"run": run.folder.name, "kind": counts.kind.value},
+            metadata=about | {"run": run.folder.name, "kind": kind.value},
         ),
         results=log.EvalResults(
             total_samples=len(rows),
             completed_samples=len(rows),
-            scores=[
-                log.EvalScore(
-                    name=judge,
-                    scorer=judge,
-                    scored_samples=len(of),
-                    unscored_samples=len(rows) - len(of),
-                    metrics={
-                        label: log.EvalMetric(name=label, value=value)
-                        for label, value in _metrics(judge, of, wanted)
-                    },
-                )
-                for judge, of in said.items()
-            ],
+            scores=[_score(judge, of, kind, len(rows)) for judge, of in said.items()],
             metadata={"discernment": list(ranked.auroc)} if ranked else None,
         ),
         stats=log.EvalStats(started_at=when, completed_at=when),
-        samples=samples,
+        samples=[_sample(row, said, model, kind) for row in rows],
     )
 
 
-def _sample(row: "Completion", wanted: str, model: str, about: Mapping[str, Any]) -> Any:
+def _sample(row: "Completion", said: Mapping[str, Said], model: str, kind: Kind) -> Any:
+    """An answer with what every rule and judge says of it."""
     from dcr.core.text import encodable
 
-    log, speaker = (importlib.import_module(f"inspect_ai.{room}") for room in ("log", "model"))
+    log, speaker, scorer = (
+        importlib.import_module(f"inspect_ai.{room}") for room in ("log", "model", "scorer")
+    )
     prompt, response = encodable(row.prompt), encodable(row.response)
     ended = "stop" if row.ended else "max_tokens"
     output = speaker.ModelOutput.from_content(model, response, stop_reason=ended)
+    told = {judge: of[row.id] for judge, of in said.items() if row.id in of}
     return log.EvalSample(
         id=row.id,
         epoch=1,
         input=prompt,
-        target=wanted,
+        target=WANTED[kind],
         messages=[speaker.ChatMessageUser(content=prompt), output.message],
         output=output,
-        metadata=dict(about),
+        scores={
+            judge: scorer.Score(value=value, answer=output.completion, explanation=why or None)
+            for judge, (value, why) in told.items()
+        },
+        metadata={"kind": kind.value, "tokens": row.tokens},
     )
 
 
-def _metrics(judge: str, said: Said, wanted: str) -> Iterator[tuple[str, float]]:
-    """The share of each label, the wanted one first; the mean of a number."""
+def _score(judge: str, said: Said, kind: Kind, total: int) -> Any:
+    """What a scorer says of all answers to a set.
+
+    It is the share of each label, the wanted one first, or the mean of a number.
+    """
+    log = importlib.import_module("inspect_ai.log")
     values = [value for value, _ in said.values()]
     if judge == MASS:
-        yield "mean", fmean(values)
-        return
-    shares = Counter({wanted: 0} if judge.startswith("keyword:") else {})
-    shares.update(values)
-    for label in sorted(shares, key=lambda label: (label != wanted, label)):
-        yield label, shares[label] / len(values)
+        found = {"mean": fmean(values)}
+    else:
+        wanted = WANTED[kind]
+        shares = Counter({wanted: 0} if judge.startswith("keyword:") else {})
+        shares.update(values)
+        ordered = sorted(shares, key=lambda label: (label != wanted, label))
+        found = {label: shares[label] / len(values) for label in ordered}
+    return log.EvalScore(
+        name=judge,
+        scorer=judge,
+        scored_samples=len(said),
+        unscored_samples=total - len(said),
+        metrics={name: log.EvalMetric(name=name, value=value) for name, value in found.items()},
+    )
 
 
 if __name__ == "__main__":

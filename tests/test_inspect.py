@@ -41,7 +41,7 @@ def run(tmp_path: Path) -> Path:
 
 def test_every_stored_verdict_is_a_scorer_s(run: Path) -> None:
     (evaluation,) = read_run(run).evaluations
-    rows = inspect.answers(evaluation, "unsafe")
+    rows = evaluation.answers("unsafe")
     assert [row.id for row in rows] == ["unsafe-0", "unsafe-1", "unsafe-2"]
     said = inspect.verdicts(evaluation, "unsafe", rows)
     labels = {judge: [said[judge].get(row.id, ("-",))[0] for row in rows] for judge in said}

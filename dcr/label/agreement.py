@@ -50,7 +50,8 @@ def judged(
     by_folder: dict[str, dict[str, str]] = {}
     prompts: dict[str, str] = {}
     for column in columns:
-        for name, every in sheets.answers(column):
+        for name in column.evaluation.sets:
+            every = column.evaluation.answers(name)
             rows = [row for row in every if answer_fingerprint(row) in labelled]
             prompts |= {answer_fingerprint(row): row.prompt for row in rows}
             said = by_folder.setdefault("outcomes", {})

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dcr.core import generation, storage
+from dcr.core import storage
 from dcr.core.config import ConfigError, DataError, UserError
 from dcr.core.config.evaluation import AUTO_LENGTH
 from dcr.core.ending import single_line
@@ -56,13 +56,6 @@ class Labelled:
 # --- drawing --------------------------------------------------------------------------------------
 
 
-def answers(column: Column) -> Iterator[tuple[str, list[Completion]]]:
-    """The stored answers of a column by set. DataError for a damaged line."""
-    for name, counts in column.evaluation.sets.items():
-        stored = generation.stored(column.evaluation.folder / f"{name}.jsonl")
-        yield name, [stored[each] for each in counts.ids or stored if each in stored]
-
-
 def draw(columns: Sequence[Column], count: int, seed: int) -> list[Completion]:
     """Up to `count` distinct answers, at random, as evenly over kinds, sets and columns as can be.
 
@@ -71,10 +64,11 @@ def draw(columns: Sequence[Column], count: int, seed: int) -> list[Completion]:
     """
     by_kind: dict[str, dict[str, list[list[Completion]]]] = {}
     for column in columns:
-        whole = column.evaluation.settings.get("max_new_tokens") != AUTO_LENGTH
-        for name, rows in answers(column) if whole else ():
-            kind = column.evaluation.sets[name].kind.value
-            by_kind.setdefault(kind, {}).setdefault(name, []).append(rows)
+        evaluation = column.evaluation
+        whole = evaluation.settings.get("max_new_tokens") != AUTO_LENGTH
+        for name, counts in evaluation.sets.items() if whole else ():
+            rows = by_kind.setdefault(counts.kind.value, {}).setdefault(name, [])
+            rows.append(evaluation.answers(name))
     chance = random.Random(seed)
     distinct: dict[str, Completion] = {}
     for answer in _in_turn(by_kind, chance):
@@ -165,29 +159,7 @@ def read(file: Path, sheets: Mapping[str, Sheet], partial: bool = False) -> Labe
     spreadsheet counts it, and the cure, for whatever is no labelled sheet of `sheets`.
     """
     rows = _rows(file)
-    first = min(rows)
-    for column in ("sheet", "annotator"):
-        if len(found := {row.get(column, "") for row in rows.values()}) > 1:
-            shown = ", ".join(repr(single_line(each, longest=40)) for each in sorted(found))
-            raise DataError(f"{file}: row {first}: {column} is {shown}; give each its own file")
-    sheet, annotator = rows[first]["sheet"], rows[first].get("annotator") or file.stem
-    if sheet not in sheets:
-        shown = single_line(sheet, longest=40)
-        raise DataError(
-            f"{file}: row {first}: sheet {shown!r} is none of {', '.join(sheets) or 'these runs'}; "
-            "name the run folders that it was drawn from"
-        )
-    if (
-        not annotator.isprintable()
-        or len(annotator) > LONGEST_NAME
-        or annotator.startswith(".")
-        or "/" in annotator
-    ):
-        shown = single_line(annotator, longest=LONGEST_NAME)
-        raise DataError(
-            f"{file}: row {first}: annotator {shown!r}; give a name of at most {LONGEST_NAME} "
-            "letters, without / and with no dot in front"
-        )
+    sheet, annotator = _by_whom(file, rows, sheets)
     wanted = sheets[sheet].ids
     places: dict[str, int] = {}
     labels: dict[str, str] = {}
@@ -214,6 +186,36 @@ def read(file: Path, sheets: Mapping[str, Sheet], partial: bool = False) -> Labe
             f"{len(wanted)} answers lack a label: give them one, or partial=true to take the rest"
         )
     return Labelled(sheet, annotator, labels)
+
+
+def _by_whom(
+    file: Path, rows: Mapping[int, Mapping[str, str]], sheets: Mapping[str, Sheet]
+) -> tuple[str, str]:
+    """The sheet that all rows of a file are of, and the annotator's name."""
+    first = min(rows)
+    for column in ("sheet", "annotator"):
+        if len(found := {row.get(column, "") for row in rows.values()}) > 1:
+            shown = ", ".join(repr(single_line(each, longest=40)) for each in sorted(found))
+            raise DataError(f"{file}: row {first}: {column} is {shown}; give each its own file")
+    sheet, annotator = rows[first]["sheet"], rows[first].get("annotator") or file.stem
+    if sheet not in sheets:
+        shown = single_line(sheet, longest=40)
+        raise DataError(
+            f"{file}: row {first}: sheet {shown!r} is none of {', '.join(sheets) or 'these runs'}; "
+            "name the run folders that it was drawn from"
+        )
+    if (
+        not annotator.isprintable()
+        or len(annotator) > LONGEST_NAME
+        or annotator.startswith(".")
+        or "/" in annotator
+    ):
+        shown = single_line(annotator, longest=LONGEST_NAME)
+        raise DataError(
+            f"{file}: row {first}: annotator {shown!r}; give a name of at most {LONGEST_NAME} "
+            "letters, without / and with no dot in front"
+        )
+    return sheet, annotator
 
 
 def _rows(file: Path) -> dict[int, dict[str, str]]:

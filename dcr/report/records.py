@@ -10,10 +10,11 @@ from dcr import keywords, results
 from dcr.core import config, generation, runs, storage
 from dcr.core.config import Kind, UserError
 from dcr.core.evaluation.subjects import Opening
+from dcr.core.generation import Completion
 from dcr.core.runs import Run
 from dcr.core.text import printable
 from dcr.results.frame import CONTRASTS, rows_of
-from dcr.results.schema import Metrics, SetCounts
+from dcr.results.schema import Metrics
 
 STAGES = tuple(stage.value for stage in config.STAGES)
 METHODS = {  # left to right, with their names in tables
@@ -48,6 +49,11 @@ class Evaluation(Metrics):
     def empty(self) -> bool:
         analyses = self.refusal_probability, self.kernel, self.separability, self.claims
         return not self.scored and not any(analyses)
+
+    def answers(self, name: str) -> list[Completion]:
+        """The stored answers that it counts of a set. DataError for a damaged line."""
+        stored = generation.stored(self.folder / f"{name}.jsonl")
+        return [stored[each] for each in self.sets[name].ids or stored if each in stored]
 
     @cached_property
     def pivot(self) -> dict[tuple[str, str, str], dict[str, Any]]:
@@ -507,22 +513,21 @@ class Completions:
         """A column's answers to a set. DataError for a damaged line."""
         path = column.evaluation.folder / f"{name}.jsonl"
         if path not in self.read:
-            self.read[path] = self._judged(path, column.evaluation.sets[name])
+            self.read[path] = self._judged(path, column.evaluation, name)
         return self.read[path]
 
-    def _judged(self, path: Path, counts: SetCounts) -> list[Answer]:
+    def _judged(self, path: Path, evaluation: Evaluation, name: str) -> list[Answer]:
         if not path.is_file():
             self.notes.append(f"{path}: missing; no completions of it are shown or compared")
             return []
-        stored = generation.stored(path)
+        counts = evaluation.sets[name]
         answers = [
             Answer(
                 answer.id, printable(answer.prompt), printable(answer.response), answer.ended,
                 answer.refusal_mass,
                 {rules: keywords.outcome(answer.response, rules) for rules in counts.refused},
             )
-            for identity in counts.ids or stored
-            if (answer := stored.get(identity))
+            for answer in evaluation.answers(name)
         ]  # fmt: skip
         refused = sum(answer.verdict == "refused" for answer in answers)
         counted = counts.refused.get("paper", 0)
