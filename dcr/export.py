@@ -4,7 +4,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -167,37 +167,24 @@ def export(
     prompts.chat_format(models.result_tokenizer(run.stage(stage), trust_remote_code), model)
     policy = models.open_result(run.stage(stage), Precision.fp32, trust_remote_code)
     chat = prompts.chat_format(policy.tokenizer, model)
-    rounded: dict[str, Any] | None = None
-    before = None
-    if models.is_quantised(policy.model):
-        whole = models.open_base(run.stage(stage), trust_remote_code)
-        errors = models.rounding_errors(policy.model, whole)
-        del whole
-        rounded = {"mean": sum(errors) / len(errors), "most": max(errors)}
-        before = _first_logits(policy, chat, settings)
-        models.dequantise(policy.model)
+    narrow = models.is_quantised(policy.model)
+    lost = _put_in_full(policy, chat, settings, run.stage(stage)) if narrow else None
     if isinstance(policy.model, PeftModel):
         policy = models.Policy(policy.model.merge_and_unload(), policy.tokenizer, policy.name)
     _set_template(chat)
     replaced = _set_decoding(policy, chat, settings.gen.most)
     policy.model.to(getattr(torch, dtype))
-    if rounded is not None and before is not None:
-        after = _first_logits(policy, chat, settings)
-        moved = (after - before).abs()
-        same = (after.argmax(-1) == before.argmax(-1)).sum()
-        rounded |= {"logits": float(moved.mean()), "logits_most": float(moved.max())}
-        rounded |= {"n": len(after), "same": int(same)}
+    rounded = _rounded(*lost, _first_logits(policy, chat, settings)) if lost else None
     record = None
     if calibrate is not None:
         bias, record = biases.calibrated(policy, chat, settings)
         policy.model.generation_config.sequence_bias = bias.sequences
     depth = policy.model.config.num_hidden_layers
-    details = {"dtype": dtype, "depth": depth, "calibrated": record, "decoding": replaced}
-    details["rounded"] = rounded
+    weights = Weights(dtype, depth, record, replaced, rounded)
     with storage.replaced_folder(out) as staging:
         policy.model.save_pretrained(staging)
         policy.tokenizer.save_pretrained(staging)
-        card = model_card(run, stage, made_with, **details)
+        card = model_card(run, stage, made_with, weights)
         (staging / "README.md").write_text(card, encoding="utf-8")
         if record:
             shutil.copyfile(serving.__file__, staging / PROCESSOR)
@@ -270,6 +257,35 @@ def _set_decoding(policy: "Policy", chat: ChatFormat, most: int) -> dict[str, An
     return {name: value for name, value in own.to_diff_dict().items() if name not in same}
 
 
+def _put_in_full(
+    policy: "Policy", chat: ChatFormat, settings: EvalSettings, folder: Path
+) -> "tuple[list[float], Tensor]":
+    """Put a base in four bits in full.
+
+    Returns how far each of its layers is from the base's own, and the first logits before.
+    """
+    from dcr.core import models
+
+    whole = models.open_base(folder, settings.model.trust_remote_code)
+    errors = models.rounding_errors(policy.model, whole)
+    del whole
+    before = _first_logits(policy, chat, settings)
+    models.dequantise(policy.model)
+    return errors, before
+
+
+def _rounded(errors: Sequence[float], before: "Tensor", after: "Tensor") -> dict[str, float]:
+    moved, same = (after - before).abs(), after.argmax(-1) == before.argmax(-1)
+    return {
+        "mean": sum(errors) / len(errors),
+        "most": max(errors),
+        "logits": float(moved.mean()),
+        "logits_most": float(moved.max()),
+        "n": len(after),
+        "same": int(same.sum()),
+    }
+
+
 def _first_logits(policy: "Policy", chat: ChatFormat, settings: EvalSettings) -> "Tensor":
     """The logits of the first answer token of validation prompts, in fp32."""
     import torch
@@ -287,22 +303,28 @@ def _first_logits(policy: "Policy", chat: ChatFormat, settings: EvalSettings) ->
 # --- the card -----------------------------------------------------------------------------------
 
 
-def model_card(
-    run: Run,
-    stage: str,
-    made_with: Mapping[str, Any],
-    *,
-    dtype: str,
-    depth: int,
-    calibrated: Mapping[str, Any] | None = None,
-    decoding: Mapping[str, Any] | None = None,
-    rounded: Mapping[str, Any] | None = None,
-) -> str:
+@dataclass(frozen=True)
+class Weights:
+    """The exported weights, as their card tells of them.
+
+    Attributes:
+        dtype: their type.
+        depth: the model's number of blocks.
+        calibrated: the record of the bias in their generation config.
+        decoding: the settings that the base's own generation config had.
+        rounded: the errors of a base in four bits and of putting it in full.
+    """
+
+    dtype: str
+    depth: int
+    calibrated: Mapping[str, Any] | None = None
+    decoding: Mapping[str, Any] = field(default_factory=dict)
+    rounded: Mapping[str, float] | None = None
+
+
+def model_card(run: Run, stage: str, made_with: Mapping[str, Any], weights: Weights) -> str:
     """README.md of the export, in Markdown: method, settings, data with licences, and scores.
 
-    `dtype` is that of the exported weights, `depth` the model's number of blocks, `calibrated` the
-    record of the bias in its generation config, `decoding` the settings that the base's own
-    generation config had, `rounded` the errors of a base in four bits and of putting it in full.
     Raises DataError for an evaluation that cannot be read.
     """
     name, method = made_with["model"]["name"], made_with["method"]
@@ -314,7 +336,7 @@ def model_card(
     stages = runs.stages(made_with, stage)
     read = " + readout" if "readout" in stages else ""
     rows = {n: part for n, part in run.record().get("rows", {}).items() if part["count"]}
-    measured, silences, others = evaluated(run, stage, calibrated)
+    measured, silences, others = evaluated(run, stage, weights.calibrated)
     template = jinja2.Environment(
         loader=jinja2.PackageLoader("dcr"),
         undefined=jinja2.StrictUndefined,
@@ -328,11 +350,7 @@ def model_card(
         base=HUB_NAMES.get(name, name),
         method=METHODS[method, "sft" if read else stage] + (READ_OUT if read else ""),
         system=made_with["model"].get("system_prompt"),
-        dtype=dtype,
-        calibrated=calibrated,
-        decoding=decoding or {},
-        rounded=rounded,
-        settings=_settings(run, made_with, stages, depth),
+        settings=_settings(run, made_with, stages, weights.depth),
         rows=rows,
         fingerprint=storage.fingerprint({n: part["fingerprint"] for n, part in rows.items()}),
         sources=dict.fromkeys(row for each in stages for row in _sources(made_with, each)),
@@ -343,6 +361,7 @@ def model_card(
         silences=silences,
         trained_on=run.record().get("in_distribution", []),
         others=others,
+        **vars(weights),
     )
 
 

@@ -483,7 +483,7 @@ def scored(
 def card_of(
     run: Run, made_with: dict[str, Any] = CONFIG, depth: int = 2, stage: str = "sft"
 ) -> str:
-    return export.model_card(run, stage, made_with, dtype="bfloat16", depth=depth)
+    return export.model_card(run, stage, made_with, export.Weights("bfloat16", depth))
 
 
 def test_card_names_data_licences_scores_and_readout(moved: Run) -> None:
