@@ -235,28 +235,18 @@ def judge(
     waiting = [answer for content, answer in by_content.items() if content not in by_answer]
     _announce(name, settings, waiting, len(homes))
 
-    def store(verdicts: Sequence[Verdict]) -> None:
+    def keep(verdicts: Sequence[Verdict]) -> None:
         if not (place / IDENTITY_FILE).is_file():
             storage.write_json(place / IDENTITY_FILE, identity)
         _append(place, [(verdict, home) for verdict in verdicts for home in homes[verdict.of]])
 
-    new: list[Verdict] = []
     if waiting:
-        told = class_of(name)
-        bar = tqdm(total=len(waiting), unit="response", desc=told, disable=not progress)
-        try:
-            with closing(judging.verdicts(settings, waiting)) as batches, bar:
-                for batch in batches:
-                    store(batch)
-                    new += batch
-                    bar.update(len(batch))
-        finally:
-            _account(name, settings, new)
+        new = _asked(name, judging, settings, waiting, keep, progress)
+        by_answer |= {verdict.of: verdict for verdict in new}
         if judging.characters:  # a server, whose answers come in any order
             for set_name, rows in answers.items():
                 file = place / f"{set_name}.jsonl"
                 storage.put_in_order(file, Verdict, [answer.id for answer in rows])
-    by_answer |= {verdict.of: verdict for verdict in new}
     asked = [by_answer[content] for content in homes if by_answer[content].asked]
     if asked and not any(verdict.settled for verdict in asked):
         raise EndpointError(
@@ -267,6 +257,28 @@ def judge(
         set_name: [replace(by_answer[answer_fingerprint(a)], id=a.id) for a in rows]
         for set_name, rows in answers.items()
     }
+
+
+def _asked(
+    name: str,
+    judging: Judging,
+    settings: EvalConfig,
+    waiting: Sequence[Completion],
+    keep: Callable[[Sequence[Verdict]], None],
+    progress: bool,
+) -> list[Verdict]:
+    """The judge's verdicts on answers that have none; `keep` gets each batch as it arrives."""
+    new: list[Verdict] = []
+    bar = tqdm(total=len(waiting), unit="response", desc=class_of(name), disable=not progress)
+    try:
+        with closing(judging.verdicts(settings, waiting)) as batches, bar:
+            for batch in batches:
+                keep(batch)
+                new += batch
+                bar.update(len(batch))
+    finally:
+        _account(name, settings, new)
+    return new
 
 
 def _settled(place: Path, homes: Mapping[str, Sequence[Home]]) -> dict[str, Verdict]:
