@@ -221,38 +221,68 @@ class Throughput:
 
 def memory(settings: TrainConfig, stage: Stage, shape: Shape, load: Load) -> dict[str, float]:
     """The bytes on one device at the peak, by their use."""
-    from dcr.core.models import NF4_BYTES
-
-    first, through_all = stage is Stage.contrastive, load.full > 0
+    first = stage is Stage.contrastive
     node = settings.dcr if first else settings.sft
-    each = 2 if node.precision is Precision.bf16 else 4
     lora = shape.parts.get("LoRA", 0)
     trained = sum(shape.trained.values()) - lora
-    learnt = sum(n for name, n in shape.trained.items() if name.startswith("blocks"))
-    narrow = sum(shape.narrow.values())
-    weights = each * (shape.total - lora - narrow) + 4 * lora + NF4_BYTES * narrow
-    wide = 4 if node.precision is Precision.fp32 else 2
-    weights += wide * shape.widest
-    copied = shape.blocks + shape.head if through_all else shape.trunk
-    copied -= narrow if through_all else shape.narrow[f"blocks 1 to {shape.block}"]
-    activations = load.largest_trunk * shape.trunk_saved + load.largest_full * shape.full_saved
-    if node.gradient_checkpointing:  # autocast's own cache has copies of trained weights
-        a_block = (shape.blocks - narrow) / shape.depth
-        copied = min(copied, learnt + a_block + shape.head * through_all)
-        largest = max(load.largest_trunk, load.largest_full)
-        states = load.largest_trunk * shape.block + load.largest_full * shape.depth
-        activations = largest * shape.full_saved / shape.depth + states * shape.width * wide
-    gradients = each * trained + 4 * lora
+    gradients = _bytes(node.precision) * trained + 4 * lora
     small = first and settings.dcr.optim.moments is Moments.int8
     moments = 2 * (INT8_BYTES * (trained + lora) if small else gradients)
-    logits = 2 * 4 * min(LOGIT_ROWS, load.labelled) * shape.vocabulary
     world = settings.trainer.devices * settings.trainer.num_nodes
     buckets = gradients if world > 1 else 0
     if settings.trainer.strategy == FSDP:
+        gradients, moments, buckets = gradients / world, moments / world, 0
+    activations = load.largest_trunk * shape.trunk_saved + load.largest_full * shape.full_saved
+    if node.gradient_checkpointing:
+        largest = max(load.largest_trunk, load.largest_full)
+        states = load.largest_trunk * shape.block + load.largest_full * shape.depth
+        states *= shape.width * _product_bytes(node.precision)
+        activations = largest * shape.full_saved / shape.depth + states
+    logits = 2 * 4 * min(LOGIT_ROWS, load.labelled) * shape.vocabulary
+    rest = {"process": PROCESS_BYTES}
+    if device_type(settings) == "cuda":
+        rest = {"step": max(0, (0 if small else gradients) - activations - logits)}
+    return {
+        "weights": _weight_bytes(settings, stage, shape, through_all=load.full > 0),
+        "gradients": gradients + buckets,
+        "Adam states": moments,
+        "activations": activations,
+        "logits": logits,
+        **rest,
+    }
+
+
+def _bytes(precision: Precision) -> int:
+    """The bytes of a weight; in four bits and of LoRA it has others."""
+    return 2 if precision is Precision.bf16 else 4
+
+
+def _product_bytes(precision: Precision) -> int:
+    """The bytes of a number in a product."""
+    return 4 if precision is Precision.fp32 else 2
+
+
+def _weight_bytes(settings: TrainConfig, stage: Stage, shape: Shape, through_all: bool) -> float:
+    """The bytes of the weights on one device, and of autocast's copies of them."""
+    from dcr.core.models import NF4_BYTES
+
+    first = stage is Stage.contrastive
+    node = settings.dcr if first else settings.sft
+    each, lora = _bytes(node.precision), shape.parts.get("LoRA", 0)
+    learnt = sum(n for name, n in shape.trained.items() if name.startswith("blocks"))
+    narrow = sum(shape.narrow.values())
+    weights = each * (shape.total - lora - narrow) + 4 * lora + NF4_BYTES * narrow
+    weights += _product_bytes(node.precision) * shape.widest
+    copied = shape.blocks + shape.head if through_all else shape.trunk
+    copied -= narrow if through_all else shape.narrow[f"blocks 1 to {shape.block}"]
+    if node.gradient_checkpointing:  # autocast's own cache has copies of trained weights
+        a_block = (shape.blocks - narrow) / shape.depth
+        copied = min(copied, learnt + a_block + shape.head * through_all)
+    if settings.trainer.strategy == FSDP:
         matrices = shape.head * (1 if shape.tied else 2)
         copied = min(copied, 2 * shape.blocks / shape.depth + matrices)
+        world = settings.trainer.devices * settings.trainer.num_nodes
         weights = weights / world + each * copied
-        gradients, moments, buckets = gradients / world, moments / world, 0
     if first and extensions.fast_passes().shrinks_frozen(settings):
         # autocast copies trained weights, and a tied head
         copied = learnt + shape.head * (through_all and shape.tied)
@@ -264,19 +294,7 @@ def memory(settings: TrainConfig, stage: Stage, shape: Shape, load: Load) -> dic
         weights -= 2 * halved + 4 * unused
         if not through_all:
             weights -= NF4_BYTES * shape.narrow.get(beyond, 0)
-    if node.precision is Precision.mixed:
-        weights += 2 * copied
-    rest = {"process": PROCESS_BYTES}
-    if device_type(settings) == "cuda":
-        rest = {"step": max(0, (0 if small else gradients) - activations - logits)}
-    return {
-        "weights": weights,
-        "gradients": gradients + buckets,
-        "Adam states": moments,
-        "activations": activations,
-        "logits": logits,
-        **rest,
-    }
+    return weights + 2 * copied * (node.precision is Precision.mixed)
 
 
 def epoch_flops(settings: TrainConfig, stage: Stage, shape: Shape, load: Load) -> float:
