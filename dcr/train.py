@@ -142,7 +142,8 @@ def _claimed(settings: TrainConfig, run: Run, rows: Splits) -> Iterator[Lease | 
             _say_rows(rows, warnings)
             yield lease
         except BaseException:
-            _take_back(run, before)
+            if lease.holds():  # else the folder is gone, or another's
+                _take_back(run, before)
             raise
 
 

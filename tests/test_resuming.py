@@ -600,3 +600,13 @@ def test_a_process_whose_folder_was_deleted_writes_nothing_into_a_new_one(
     with pytest.raises(UserError, match="deleted or replaced"):
         train.train(tiny, Run(run))
     assert {file.name for file in run.rglob("*")} == {".lock", "theirs"}
+
+
+def test_a_process_whose_folder_was_deleted_says_so(
+    tiny: TrainConfig, tmp_path: Path, act: Any
+) -> None:
+    run = tmp_path / "run"
+    act("contrastive", 3, lambda _: shutil.rmtree(run))
+    with pytest.raises(UserError, match="deleted or replaced"):
+        train.train(tiny, Run(run))
+    assert not run.exists()
