@@ -158,21 +158,27 @@ def log_of(
 
 def _sample(row: "Completion", said: Mapping[str, Said], model: str, kind: Kind) -> Any:
     """An answer with what every rule and judge says of it."""
-    from dcr.core.text import encodable
+    from dcr.core.text import encodable, messages
 
     log, speaker, scorer = (
         importlib.import_module(f"inspect_ai.{room}") for room in ("log", "model", "scorer")
     )
-    prompt, response = encodable(row.prompt), encodable(row.response)
+    speakers = {
+        "system": speaker.ChatMessageSystem,
+        "user": speaker.ChatMessageUser,
+        "assistant": speaker.ChatMessageAssistant,
+    }
+    asked, response = messages(encodable(row.prompt)), encodable(row.response)
+    turns = [speakers[turn["role"]](content=turn["content"]) for turn in asked]
     ended = "stop" if row.ended else "max_tokens"
     output = speaker.ModelOutput.from_content(model, response, stop_reason=ended)
     told = {judge: of[row.id] for judge, of in said.items() if row.id in of}
     return log.EvalSample(
         id=row.id,
         epoch=1,
-        input=prompt,
+        input=turns if len(turns) > 1 else turns[0].content,
         target=WANTED[kind],
-        messages=[speaker.ChatMessageUser(content=prompt), output.message],
+        messages=[*turns, output.message],
         output=output,
         scores={
             judge: scorer.Score(value=value, answer=output.completion, explanation=why or None)

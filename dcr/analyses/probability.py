@@ -31,6 +31,7 @@ from dcr.core.refusal.opening import (
     continuations,
     ending,
 )
+from dcr.core.text import messages
 
 # fmt: off
 # Refusals that the paper's set misses: plain apologies, GPT-4o's usual opening, and inability,
@@ -259,7 +260,7 @@ def _templated(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[Tokens,
     """The ids of a prompt, without a begin-of-text that no template wrote, and their text."""
     text = prompt
     if tokenizer.chat_template:
-        turns = [{"role": "user", "content": prompt}]
+        turns = messages(prompt)
         text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
     return tuple(tokenizer.encode(text, add_special_tokens=False)), text
 

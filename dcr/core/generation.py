@@ -144,6 +144,7 @@ def _waiting(
     encode: Callable[[str], list[int]] | None = None,
 ) -> tuple[list[Encoded], int]:
     """The rows in the order of their answers, and the batch size."""
+    chat.check(rows)
     encode = encode or chat.prompt_ids
     waiting = [(row, encode(row.prompt)) for row in rows]
     waiting.sort(key=lambda pair: (-len(pair[1]), pair[0].id))

@@ -7,7 +7,7 @@ and generation see the same tokens.
 import functools
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from jaxtyping import Float
 
 from dcr.core import thoughts
-from dcr.core.config import ConfigError, Language, ModelConfig, Pooling, Terminator
-from dcr.core.text import CHATML
+from dcr.core.config import ConfigError, DataError, Language, ModelConfig, Pooling, Terminator
+from dcr.core.text import CHATML, messages, turns_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,8 +90,35 @@ class ChatFormat:
     thought: Callable[[str], list[int]] | None = None
 
     def text(self, prompt: str) -> str:
-        """The templated prompt with the header of the answer."""
-        return self._render(self._turns(prompt), generate=True)
+        """The templated prompt with the header of the answer.
+
+        Raises DataError for a conversation that the template refuses or leaves a turn out of.
+        """
+        turns = self._turns(prompt)
+        if len(turns_of(prompt)) == 1:
+            return self._render(turns, generate=True)
+        try:
+            text = self._render(turns, generate=True)
+            for turn in turns:
+                if turn["content"].strip() not in text:
+                    raise ValueError(f"it leaves out the {turn['role']}'s turn")
+        except Exception as error:  # a template's own mistakes, of any type
+            roles = ", ".join(turn["role"] for turn in turns)
+            why = " ".join(str(error).split()) or type(error).__name__
+            raise DataError(
+                f"the model's chat template takes no turns of {roles} ({why}); remove the row or "
+                "the turn, or give another template with model.template"
+            ) from error
+        return text
+
+    def check(self, rows: Iterable[Any]) -> None:
+        """Raises DataError, naming the row, for a conversation that cannot be templated."""
+        for row in rows:
+            if len(turns_of(row.prompt)) > 1:
+                try:
+                    self.text(row.prompt)
+                except DataError as error:
+                    raise DataError(f"{row.source}: {row.id}: {error}") from error
 
     def prompt_ids(self, prompt: str) -> list[int]:
         ids = self.encode(self.text(prompt))
@@ -157,8 +184,7 @@ class ChatFormat:
         return PromptRow(id, ids, label, (first, len(ids)), [*ids[1:], IGNORED])
 
     def _turns(self, prompt: str) -> list[dict[str, str]]:
-        system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
-        return [*system, {"role": "user", "content": self.neutralised(prompt)}]
+        return messages(prompt, self.system_prompt, self.neutralised)
 
     def _render(self, turns: Sequence[dict[str, str]], generate: bool, **variables: object) -> str:
         text = self.tokenizer.apply_chat_template(

@@ -1,13 +1,14 @@
 """Text to compare, name, show and store; imports nothing else of the package.
 
-`normalise` compares prompts, `label_of` names folders, and `CHATML` is the template of tokenizers
-without one. Text is shown as `printable` (no control codes) and stored as `encodable` (no lone
-surrogates); `ending` takes secrets away wherever a command prints.
+`normalise` compares prompts, `conversation` spells turns as one prompt, `label_of` names folders,
+and `CHATML` is the template of tokenizers without one. Text is shown as `printable` (no control
+codes) and stored as `encodable` (no lone surrogates); `ending` takes secrets away wherever a
+command prints.
 """
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from difflib import SequenceMatcher
 from pathlib import PurePath
 
@@ -17,6 +18,9 @@ CHATML = (  # for tokenizers without a chat template
 )
 LIKENESS = 0.6  # below it, the nearest name is no help
 NEAREST = 3  # names to offer when they are equally near
+ROLES = ("system", "user", "assistant")
+TURN = "\u2063"  # no eye sees it; it begins each turn of a conversation
+TURNS = re.compile(rf"(?:\A|\n\n){TURN}({'|'.join(map(str.capitalize, ROLES))}): ")
 DROPPED_CATEGORIES = "PC"  # punctuation; control, format and the like
 # the rule of `normalise` as a table for ASCII, three times as fast
 ASCII_DROPPED = {
@@ -53,6 +57,63 @@ def normalise(text: str) -> str:
             c for c in folded if c.isspace() or unicodedata.category(c)[0] not in DROPPED_CATEGORIES
         )
     return " ".join(words.split()) or " ".join(folded.split())
+
+
+# --- conversations --------------------------------------------------------------------------------
+
+
+def conversation(turns: Iterable[tuple[str, str]]) -> str:
+    """Turns of a role and its words as one prompt, whose words alone it is if there is one turn.
+
+    It reads as a transcript. The sign before each turn, which no turn may hold, keeps it apart from
+    every prompt of one turn and from every other conversation.
+    """
+    given = list(turns)
+    if len(given) == 1:
+        return given[0][1]
+    return "\n\n".join(f"{TURN}{role.capitalize()}: {words}" for role, words in given)
+
+
+def turns_of(prompt: str) -> list[tuple[str, str]]:
+    """The turns of a prompt, of which the last is the user's; mostly that one alone."""
+    if prompt.startswith(TURN):
+        before, *parts = TURNS.split(prompt)
+        turns = [(role.lower(), words) for role, words in zip(parts[::2], parts[1::2], strict=True)]
+        if not before and len(turns) > 1 and follows(role for role, _ in turns):
+            return turns
+    return [("user", prompt)]
+
+
+def follows(roles: Iterable[str]) -> bool:
+    """Whether user and assistant take turns, behind one system turn at most, and the user ends."""
+    return re.fullmatch("(system )?(user assistant )*user", " ".join(roles)) is not None
+
+
+def last_turn(prompt: str) -> str:
+    """The words that an answer replies to: all of a prompt that is no conversation."""
+    return turns_of(prompt)[-1][1]
+
+
+def transcript(prompt: str) -> str:
+    """A prompt for another's model to read, without the signs of a conversation."""
+    return prompt.replace(TURN, "") if len(turns_of(prompt)) > 1 else prompt
+
+
+def messages(
+    prompt: str, system: str | None = None, form: Callable[[str], str] = str
+) -> list[dict[str, str]]:
+    """The turns of a prompt, their words in a `form`, as chat templates and servers take them.
+
+    A `system` prompt comes before them, in one turn with a conversation's own.
+    """
+    turns = [(role, form(words)) for role, words in turns_of(prompt)]
+    if system:
+        own = [turns.pop(0)[1]] if turns[0][0] == "system" else []
+        turns.insert(0, ("system", "\n\n".join([system, *own])))
+    return [{"role": role, "content": words} for role, words in turns]
+
+
+# --- text to show and to store --------------------------------------------------------------------
 
 
 def label_of(name: str) -> str:

@@ -16,6 +16,7 @@ from dcr.core.evaluation.sets import PromptSet
 from dcr.core.generation import Completion
 from dcr.core.runs import Run
 from dcr.core.sources import Example
+from dcr.core.text import messages
 from dcr.endpoints import HTTPConfig, ServerConfig, calls, servers
 from dcr.endpoints.answers import Failure, Reply
 from dcr.endpoints.servers import EndpointError
@@ -171,12 +172,11 @@ def complete(
 def replies(
     server: ServerConfig, http: HTTPConfig, rows: Sequence[Example], system_prompt: str | None
 ) -> Iterator[tuple[Example, Reply]]:
-    """Rows with the server's replies to them as a user's first turn, in order of arrival.
+    """Rows with the server's replies to their turns, in order of arrival.
 
     It leaves out, logs and raises as `complete` does.
     """
-    first = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    conversations = [[*first, {"role": "user", "content": row.prompt}] for row in rows]
+    conversations = [messages(row.prompt, system_prompt) for row in rows]
     failures: Counter[str] = Counter()
     reason = ""
     arriving = calls.chats(server, http, conversations, node="endpoint")

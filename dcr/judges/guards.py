@@ -24,6 +24,7 @@ from dcr.core.generation import Completion, decoded
 from dcr.core.models import DTYPES, Policy
 from dcr.core.models.opening import read_architecture, refused_as, whole_model
 from dcr.core.prompts import ZERO_WIDTH_SPACE, ChatFormat
+from dcr.core.text import transcript
 from dcr.judges import GuardConfig, WildGuardConfig, verdicts
 from dcr.judges.verdicts import Verdict, Verdicts, answer_fingerprint
 
@@ -68,7 +69,8 @@ def llama_guard(
     form = content_form(guard.policy.tokenizer, f"{LLAMA_GUARD}.model={settings.model}")
 
     def asked(answer: Completion) -> str:
-        prompt, response = map(guard.chat.neutralised, (answer.prompt, answer.response))
+        said = transcript(answer.prompt), answer.response
+        prompt, response = map(guard.chat.neutralised, said)
         return conversation(guard.policy.tokenizer, form, prompt, response)
 
     for batch in judged_in_batches(guard, settings, LLAMA_GUARD, answers, asked):
@@ -99,7 +101,8 @@ def wildguard(
     guard, template = opened(settings, WILDGUARD, accelerator), wording(settings)
 
     def asked(answer: Completion) -> str:
-        prompt, response = map(guard.chat.neutralised, (answer.prompt, answer.response))
+        said = transcript(answer.prompt), answer.response
+        prompt, response = map(guard.chat.neutralised, said)
         for mark in MARKS:
             plain = mark[0] + ZERO_WIDTH_SPACE + mark[1:]
             prompt, response = prompt.replace(mark, plain), response.replace(mark, plain)

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from dcr.core import storage
 from dcr.core.config import ConfigError
 from dcr.core.config.evaluation import EvalConfig
-from dcr.core.text import label_of
+from dcr.core.text import label_of, transcript
 from dcr.endpoints import HTTPConfig, calls, servers
 from dcr.endpoints.answers import Failure, Message, Reply
 from dcr.endpoints.servers import EndpointError
@@ -207,7 +207,7 @@ def _asked(drafts: Sequence[Annotation], settings: EvalConfig) -> Iterator[Annot
 def _conversation(template: Sequence[Message], draft: Annotation) -> list[Message]:
     shown = (draft.output_1, draft.output_2)
     first, second = reversed(shown) if draft.is_switched else shown
-    texts = {"instruction": draft.instruction, "output_1": first, "output_2": second}
+    texts = {"instruction": transcript(draft.instruction), "output_1": first, "output_2": second}
     return [{**turn, "content": filled(turn["content"], **texts)} for turn in template]
 
 

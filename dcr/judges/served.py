@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from dcr.core.config.evaluation import EvalConfig
 from dcr.core.generation import Completion
+from dcr.core.text import transcript
 from dcr.endpoints import HTTPConfig, ServerConfig, calls, servers
 from dcr.endpoints.answers import Failure, Message
 from dcr.judges import LLMJudgeConfig, ModerationConfig, verdicts
@@ -69,7 +70,7 @@ def wording(node: LLMJudgeConfig) -> str:
 
 def conversation(template: str, answer: Completion) -> list[Message]:
     """The messages to the judge."""
-    question, response = shortened(answer.prompt), shortened(answer.response)
+    question, response = shortened(transcript(answer.prompt)), shortened(answer.response)
     content = verdicts.filled(template, question=question, response=response)
     return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from dcr import keywords
 from dcr.core import refusal
-from dcr.core.text import is_chinese
+from dcr.core.text import is_chinese, last_turn
 
 
 class Outcome(StrEnum):
@@ -57,6 +57,7 @@ def outcome(
     begins so (`refusal.is_refusal`).
     Only a fit gives `weights` and keyword `rules` other than the shipped ones.
     """
+    prompt = last_turn(prompt)
     if not _says_anything(answer):
         return Outcome.empty if ended or answer.strip() else Outcome.cut_off
     if _repeats(prompt, answer):

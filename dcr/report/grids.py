@@ -54,6 +54,8 @@ SET_WORDS = {
     "i_malicious_instructions": "I-MaliciousInstructions",
     "jailbreakbench": "JailbreakBench, harmful",
     "jailbreakbench_benign": "JailbreakBench, benign",
+    "ms_xsb_safe": "MS-XSB, safe conversations",
+    "ms_xsb_unsafe": "MS-XSB, unsafe conversations",
     "oktest": "OKTest",
     "orbench_hard": "OR-Bench-Hard",
     "orbench_toxic": "OR-Bench-Toxic",

@@ -28,6 +28,7 @@ from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
 from dcr.core.sources import Example
+from dcr.core.text import conversation, turns_of
 from dcr.robustness import RECALIBRATED, RobustnessConfig, groups, tuning
 from dcr.steering import SteeringConfig, methods
 from dcr.steering.edits import edited
@@ -94,7 +95,11 @@ def asked_to_comply(chat: ChatFormat) -> Encode:
 
 
 def framed(frame: str, chat: ChatFormat) -> Encode:
-    return lambda prompt: chat.prompt_ids(frame.format(prompt))
+    def encode(prompt: str) -> list[int]:
+        *before, (role, words) = turns_of(prompt)
+        return chat.prompt_ids(conversation([*before, (role, frame.format(words))]))
+
+    return encode
 
 
 def prefilled(low: int, high: int, seed: int, chat: ChatFormat) -> Encode:

@@ -12,13 +12,20 @@ from collections.abc import Sequence
 
 from inspect_ai import Task, task
 from inspect_ai.dataset import MemoryDataset, Sample
-from inspect_ai.model import GenerateConfig
+from inspect_ai.model import (
+    ChatMessage,
+    ChatMessageAssistant,
+    ChatMessageSystem,
+    ChatMessageUser,
+    GenerateConfig,
+)
 from inspect_ai.scorer import Metric, SampleScore, Score, Scorer, Target, metric, scorer
 from inspect_ai.solver import TaskState, generate
 
 from dcr.core import refusal, statistics
 from dcr.core.config import ConfigError, Kind
 from dcr.core.evaluation import sets
+from dcr.core.text import messages
 
 
 @task
@@ -39,7 +46,7 @@ def discernment(
         for name in ([names] if isinstance(names, str) else names)
     ]
     samples = [
-        Sample(id=f"{of.name}/{row.id}", input=row.prompt, metadata={"kind": of.kind.value})
+        Sample(id=f"{of.name}/{row.id}", input=turns(row.prompt), metadata={"kind": of.kind.value})
         for of in asked
         for row in of.rows
     ]
@@ -49,6 +56,13 @@ def discernment(
         scorer=refusal_mass(),
         config=GenerateConfig(max_tokens=1, logprobs=True, top_logprobs=top_logprobs),
     )
+
+
+def turns(prompt: str) -> str | list[ChatMessage]:
+    """The words of a prompt, or the turns of a conversation."""
+    said = {"system": ChatMessageSystem, "user": ChatMessageUser, "assistant": ChatMessageAssistant}
+    found = [said[turn["role"]](content=turn["content"]) for turn in messages(prompt)]
+    return found if len(found) > 1 else prompt
 
 
 @metric

@@ -28,6 +28,7 @@ from dcr.analyses.ntk.exact import (
 from dcr.core import machine, models
 from dcr.core.config import ConfigError
 from dcr.core.statistics import Interval, percentiles, ratio
+from dcr.core.text import messages
 from dcr.inference import resampled_groups
 
 
@@ -191,8 +192,9 @@ def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
     """The tokens of a prompt in the chat template, with the header of the answer."""
     if not tokenizer.chat_template:
         return list(tokenizer(prompt)["input_ids"])
-    turns = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(
+        messages(prompt), tokenize=False, add_generation_prompt=True
+    )
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

@@ -24,7 +24,7 @@ from dcr.core.config import (
 )
 from dcr.core.refusal import is_refusal
 from dcr.core.sources import Example
-from dcr.core.text import normalise
+from dcr.core.text import last_turn, normalise
 
 CONTRASTIVE_NODES = ("seemingly_toxic", "toxic")
 PAIR_NODES = ("safety", "normal")  # whose rows are learnt with their responses
@@ -374,9 +374,9 @@ def overlaps(
     earlier set and row wins a tie. `near` lies above 0; 1 leaves only exact duplicates.
     """
     places = [(name, index) for name, texts in against.items() for index in range(len(texts))]
-    references = [normalise(text) for texts in against.values() for text in texts]
+    references = [normalise(last_turn(text)) for texts in against.values() for text in texts]
     first = dict(reversed(list(zip(references, places, strict=True))))  # the earliest wins
-    queries = [normalise(prompt) for prompt in prompts]
+    queries = [normalise(last_turn(prompt)) for prompt in prompts]
     closest = [Overlap(*first[query], True, 1.0) if query in first else None for query in queries]
     if near == 1:
         return closest

@@ -55,6 +55,7 @@ PAIRS: tuple[Pair, ...] = (
     (("jailbreakbench_benign",), ("jailbreakbench",)),
     (("wildguardtest_unharmful",), ("wildguardtest_harmful",)),
     (("xsb_safe",), ("xsb_unsafe",)),
+    (("ms_xsb_safe",), ("ms_xsb_unsafe",)),
 )
 SIDES: dict[tuple[str, ...], str] = {
     PAPER_SAFETY: "paper_safety"

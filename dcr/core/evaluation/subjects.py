@@ -275,6 +275,7 @@ def read_openings(
 
     Raises DataError for a prompt longer than its context.
     """
+    chat.check(rows)
     encoded = [(row, chat.prompt_ids(row.prompt)) for row in rows]
     generation.check_context(policy, encoded, 1)
     tokens = refusal.refusal_openings(chat)

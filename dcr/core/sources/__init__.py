@@ -113,7 +113,7 @@ def _read(name: str, root: str | None, kind: Kind | None, pairs: bool) -> list[E
 
 
 def read_jsonl(path: str, kind: Kind, *, pairs: bool = False) -> list[Example]:
-    """The rows of the user's own file: one object a line with `prompt`.
+    """The rows of the user's own file: one object a line with `prompt`, or `messages`.
 
     A row may have `response`, `id`, `category` and `group`; other keys are ignored. Ids default to
     `<file name>-<line>` and must be unique. Raises DataError with file, line and field at the first
@@ -129,8 +129,9 @@ class Rows(ABC):
 
     @abstractmethod
     def rows(self, kind: Kind) -> Iterable[Mapping[str, Any]]:
-        """Rows of a kind with the keys of a JSONL file's: `prompt`, and if wanted `response`, `id`,
-        `category` and `group`. The same ones each time: a run finds its rows again by their ids.
+        """Rows of a kind with the keys of a JSONL file's: `prompt` or `messages`, and if wanted
+        `response`, `id`, `category` and `group`. The same ones each time: a run finds its rows
+        again by their ids.
         """
 
 
@@ -273,7 +274,7 @@ def _examples(
     examples: list[Example] = []
     seen: dict[str, int] = {}
     for i, where, row in chosen:
-        prompt = jsonl.text(row, "prompt", where)
+        prompt = jsonl.asked(row, where)
         response = None if source.prompts_only else jsonl.text(row, "response", where)
         category = jsonl.text(row, "category", where)
         identity = jsonl.identifier(row, f"{name}-{i}", where)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
 from dcr.core.config import DataError
+from dcr.core.text import ROLES, TURN, conversation, follows
 from dcr.core.thoughts import opens_one
 
 LONGEST_LINE = 8 * 2**20  # bytes
@@ -77,9 +78,50 @@ def text(row: Row, key: str, where: str) -> str | None:
     return value
 
 
+def asked(row: Row, where: str) -> str | None:
+    """The text under `prompt`, else the conversation under `messages`; None without either."""
+    words = text(row, "prompt", where)
+    return _conversation(row, f"{where}: messages") if words is None else words
+
+
+def _conversation(row: Row, where: str) -> str | None:
+    """The turns under `messages` as one prompt. Raises DataError for turns that nobody can take."""
+    given = row.get("messages")
+    if given is None:
+        return None
+    if not isinstance(given, list) or not given:
+        what = "empty" if given == [] else f"a {type(given).__name__}, not a list"
+        raise DataError(f'{where}: {what}; write [{{"role": "user", "content": "…"}}]')
+    turns: list[tuple[str, str]] = []
+    for number, turn in enumerate(given, 1):
+        at = f"{where}: turn {number}"
+        if not isinstance(turn, Mapping):
+            raise DataError(f"{at}: a {type(turn).__name__}, not an object; give role and content")
+        if (role := turn.get("role")) not in ROLES:
+            raise DataError(f"{at}: role {role!r:.40}; give system, user or assistant")
+        if not isinstance(turn.get("content"), str):
+            raise DataError(f"{at}: content: no text; give its words alone, as one string")
+        words = text(turn, "content", at) or ""
+        if is_blank(words) or TURN in words:
+            fault = "empty" if is_blank(words) else "holds U+2063, which stands between turns"
+            raise DataError(f"{at}: content: {fault}; mend or remove the turn")
+        turns.append((role, words))
+    if turns[-1][0] != "user":
+        raise DataError(
+            f"{where}: ends with the {turns[-1][0]}'s turn; let it end with the user's, and put "
+            "an answer to it under response"
+        )
+    if not follows(role for role, _ in turns):
+        raise DataError(
+            f"{where}: roles {', '.join(role for role, _ in turns)}; let user and assistant take "
+            "turns, behind one system turn or none"
+        )
+    return conversation(turns)
+
+
 def prompt(row: Row, where: str) -> str:
     """The row's prompt. Raises DataError if it is missing or shows no character."""
-    words = text(row, "prompt", where)
+    words = asked(row, where)
     if words is None:
         keys = ", ".join(map(repr, row)) or "none"
         raise DataError(f"{where}: prompt: missing (keys found: {keys}); add the user's message")

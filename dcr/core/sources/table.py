@@ -1,8 +1,9 @@
 """The named sources of `sources.yaml`: how raw rows of public data sets become ours.
 
-A row of a local folder (`data.root`) has the keys `id`, `prompt`, `label`, `category`, `response`
-and `meta`. A hub row first gets those keys, so one predicate serves both places. `final.txt` names
-the rows of public sets that are kept apart for `data=final`: scored under a plan, else unused.
+A row of a local folder (`data.root`) has the keys `id`, `prompt` or `messages`, `label`,
+`category`, `response` and `meta`. A hub row first gets those keys, so one predicate serves both
+places. `final.txt` names the rows of public sets that are kept apart for `data=final`: scored under
+a plan, else unused.
 """
 
 import functools
@@ -19,7 +20,7 @@ import yaml
 
 from dcr.core.config import Kind
 from dcr.core.sources.jsonl import Row
-from dcr.core.text import normalise
+from dcr.core.text import last_turn, normalise
 
 Fields = Callable[[Row], Row]
 Keep = Callable[[Row], bool]
@@ -89,8 +90,8 @@ def _digests() -> frozenset[str]:
 
 
 def is_final(prompt: str) -> bool:
-    """Whether a prompt is among those kept apart."""
-    return digest(prompt) in _digests()
+    """Whether a prompt is among those kept apart, or a conversation ends with one."""
+    return digest(last_turn(prompt)) in _digests()
 
 
 # --- groups of rows that are variants of each other, which no split separates ---
@@ -152,7 +153,7 @@ class Hub:
     """The arguments of `datasets.load_dataset`, and the map from its rows to the local keys."""
 
     id: str  # a hub id, or a file format (`json`, `csv`) with `data_files` among the options
-    rows: int  # expected after the source's `keep`
+    rows: int | None  # expected after the source's `keep`; None: not known
     fields: Fields
     config: str | None = None
     split: str = "train"

@@ -65,7 +65,8 @@ def check(settings: TrainConfig, rows: Splits, wanted: Sequence[Stage]) -> None:
     """Finds before any stage trains what would stop one half-way.
 
     Raises ConfigError for LoRA targets that match nothing, for a model or a template that cannot
-    be, and where no training pair fits, and DataError for a prompt longer than the context.
+    be, and where no training pair fits, and DataError for a prompt longer than the context or a
+    conversation that the template refuses.
     """
     facts = models.facts(settings.model)
     phase = settings.sft.readout
@@ -82,6 +83,8 @@ def check(settings: TrainConfig, rows: Splits, wanted: Sequence[Stage]) -> None:
             "which cannot be split between the two; leave them frozen, or use trainer.strategy=ddp"
         )
     chat = prompts.chat_format(models.open_tokenizer(settings.model), settings.model)
+    for part in rows.parts().values():
+        chat.check(part)
     for stage in wanted:
         if stage is Stage.readout:
             continue
