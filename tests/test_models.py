@@ -320,6 +320,52 @@ def test_precision_is_the_weights_dtype(tmp_path: Path) -> None:
     assert models.DTYPES[Precision.bf16] is torch.bfloat16
 
 
+def test_a_gguf_file_becomes_the_model_that_it_was_written_from(tmp_path: Path) -> None:
+    """Of Gemma 3, whose files hold the weights of norms plus 1, and whose blocks differ in kind."""
+    gguf = pytest.importorskip("gguf")
+    letters = ["▁", "H", "o", "w"]
+    control = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    tokens = [*control, *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
+    shape = AutoConfig.for_model(
+        "gemma3_text",
+        **SHAPES["gemma3_text"] | WIDE | {"num_hidden_layers": 7, "vocab_size": len(tokens)},
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(shape).eval()
+    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "gemma3")
+    writer.add_context_length(shape.max_position_embeddings)
+    writer.add_embedding_length(shape.hidden_size)
+    writer.add_block_count(shape.num_hidden_layers)
+    writer.add_feed_forward_length(shape.intermediate_size)
+    writer.add_head_count(shape.num_attention_heads)
+    writer.add_head_count_kv(shape.num_key_value_heads)
+    writer.add_key_length(shape.head_dim)
+    writer.add_sliding_window(shape.sliding_window)
+    writer.add_rope_freq_base(1e6)
+    writer.add_layer_norm_rms_eps(shape.rms_norm_eps)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * len(tokens))
+    writer.add_token_types([3] * len(control) + [6] * 256 + [1] * len(letters))
+    writer.add_bos_token_id(2)
+    writer.add_eos_token_id(1)
+    writer.add_add_bos_token(True)
+    writer.add_add_space_prefix(False)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA3, shape.num_hidden_layers)
+    for name, weight in model.named_parameters():
+        nn.init.normal_(weight, std=0.3)
+        stored = weight.detach() + ("norm" in name)
+        writer.add_tensor(names.get_name(name, (".weight",)), stored.numpy())
+    for write in ("header", "kv_data", "tensors"):
+        getattr(writer, f"write_{write}_to_file")()
+    writer.close()
+    models.convert_gguf(tmp_path / "tiny.gguf", tmp_path / "folder")
+    found = models.open_policy(ModelConfig(name=str(tmp_path / "folder")), Precision.fp32)
+    torch.testing.assert_close(found.model(input_ids=IDS).logits, model(input_ids=IDS).logits)
+    assert models.head(found.model).weight is found.model.get_input_embeddings().weight
+    assert found.tokenizer("How")["input_ids"] == [2, 262, 263, 264]
+
+
 # --- folders that are no model ------------------------------------------------------------------
 
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {

@@ -9,6 +9,7 @@ from dcr.core.models.opening import (
     Policy,
     architecture,
     byte_tokenizer,
+    convert_gguf,
     embedded_folder,
     facts,
     open_policy,
