@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dcr import inspect
 from dcr.core import generation, storage
+from dcr.core.text import conversation
 from dcr.judges.verdicts import Verdict, answer_fingerprint
 from dcr.report.records import read_run
 from tests.shapes import next_logits
@@ -92,6 +93,19 @@ def test_inspect_reads_the_logs_back(run: Path, capsys: pytest.CaptureFixture[st
     }
     assert toxic.results.scores[0].unscored_samples == 0
     assert toxic.eval.metadata["weights"] == "sft"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_conversation_is_logged_by_its_turns(run: Path) -> None:
+    log: Any = pytest.importorskip("inspect_ai.log")
+    turns = [("system", "Be kind."), ("user", "Hi."), ("assistant", "Hello."), ("user", "How?")]
+    (file,) = run.glob("eval/*/a.jsonl")
+    first, *others = map(json.loads, file.read_text().splitlines())
+    write_jsonl(file, [first | {"prompt": conversation(turns)}, *others])
+    assert inspect.main([str(run)]) == 0
+    sample, *_ = log.read_eval_log(str(run / "inspect/main-a.eval")).samples
+    assert [(turn.role, turn.content) for turn in sample.input] == turns
+    assert [turn.role for turn in sample.messages] == [*(role for role, _ in turns), "assistant"]
 
 
 @pytest.fixture
