@@ -166,18 +166,7 @@ def measure(
     model, chosen = policy.model, template(chat, rows, trained)
     start = baseline(model, chosen, settings.top_k, settings.layer)
     steps = sgd_steps(model, chosen, start, settings.drop)
-    norms, predicted = {}, {}
-    for params in settings.params:
-        kernel = ntk.measure(
-            model,
-            chosen.sequences,
-            ntk.Settings(settings.top_k + 1, params, settings.head, budget_gib=settings.budget_gib),
-            ids=chosen.ids,
-            tokens=start.tokens,
-        )
-        label = ntk.label(params, settings.head)
-        norms[label] = kernel.norms.double()
-        predicted[label] = predictions(kernel.blocks.double(), start, steps, chosen)
+    norms, predicted = _kernels(model, chosen, start, steps, settings)
     unit = torch.nn.functional.normalize(start.states, dim=1)
     dots, cosines = start.states @ start.states.T, unit @ unit.T
     measured = Measurements(start, steps, norms, predicted, dots, cosines)
@@ -195,6 +184,20 @@ def measure(
         "left_out": list(chosen.left_out),
         **summary(chosen, measured, seed),
     }
+
+
+def _kernels(
+    model: Any, chosen: Prompts, start: Baseline, steps: StepChanges, settings: Settings
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The kernels' norms and the changes that they predict, each by the kernel's label."""
+    norms, predicted, tokens = {}, {}, settings.top_k + 1
+    for params in settings.params:
+        asked = ntk.Settings(tokens, params, settings.head, budget_gib=settings.budget_gib)
+        kernel = ntk.measure(model, chosen.sequences, asked, ids=chosen.ids, tokens=start.tokens)
+        label = ntk.label(params, settings.head)
+        norms[label] = kernel.norms.double()
+        predicted[label] = predictions(kernel.blocks.double(), start, steps, chosen)
+    return norms, predicted
 
 
 def template(
