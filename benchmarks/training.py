@@ -36,7 +36,7 @@ from dcr.core.training.contrastive import ContrastiveModule
 from dcr.core.training.resuming import adamw
 from dcr.core.training.sft import SFTModule
 from dcr.extensions import TrainSettings
-from dcr.fast import nll
+from dcr.fast import frozen
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 MICRO_ROWS = 4  # the paper's micro-batch
@@ -189,7 +189,7 @@ def head_values() -> None:
     ids = torch.randint(4, 250, (2, 12))
     hidden = models.backbone(policy.model)(input_ids=ids).last_hidden_state
     labelled = {"hidden": hidden[:, :-1].flatten(0, 1), "targets": ids[:, 1:].flatten()}
-    total, _ = nll.token_nll(**labelled, **models.readout(policy.model))
+    total, _ = frozen.token_nll(**labelled, **models.readout(policy.model))
     torch.testing.assert_close(total / 22, policy.model(ids, labels=ids).loss)
 
 

@@ -137,7 +137,7 @@ class TrainSettings(TrainConfig):
     table: ClassVar[TrainTable] = TrainTable(
         rows={"stl_aug": "dcr.stl_aug:added"},
         examining="dcr.balance:examined",
-        opening="dcr.openings.recovery:opened",
+        opening="dcr.openings:opened",
         best_layer="dcr.choice:best_layer",
         watching=Part(
             "dcr.tracking.curves:watching",

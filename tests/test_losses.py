@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from dcr.core import losses
 from dcr.core.losses import circle_floor, circle_loss, pair_statistics
-from dcr.fast.nll import token_nll
+from dcr.fast.frozen import token_nll
 
 GOLDEN_FEATURES = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0], [-1.0, 2.0]])
 GOLDEN_LABELS = torch.tensor([0, 0, 1, 1])

@@ -19,7 +19,7 @@ from dcr.core.prompts import IGNORED
 from dcr.core.runs import Run
 from dcr.core.sources import Example
 from dcr.core.text import normalise
-from dcr.openings.recovery import BREAK, LONGEST, behind_openings
+from dcr.openings import BREAK, LONGEST, behind_openings
 from tests.tiny_run import Stop, at_each_step, changed, same, settings, stop, weights
 
 TRAINING, HELD_OUT = openings.training(), openings.held_out()

@@ -16,7 +16,7 @@ from dcr.core.models import unwrapped
 from dcr.core.passes import Labelled, Prefilled, attention_mask, padded
 from dcr.core.prompts import IGNORED
 from dcr.fast import cache, frozen, fusing, packing
-from dcr.fast.nll import token_nll
+from dcr.fast.frozen import token_nll
 from dcr.fast.packing import Layout, Packing
 
 BY_LENGTH = {"dynamic", "longrope"}  # rotations that depend on the length of a pass

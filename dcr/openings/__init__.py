@@ -3,6 +3,11 @@
 Ours, in several registers and without anything harmful. A tenth of those with three words or more,
 by the hash of the words, is held out: nothing trains on them, nor on the beginning of another that
 is one of them, so that attacks measure openings that no model has seen.
+
+Training puts others before the responses of rows, so that a refusal recovers behind a compliant
+opening: recovery examples of "Safety Alignment Should Be Made More Than Just a Few Tokens Deep" (Qi
+et al., ICLR 2025), whose openings are beginnings of harmful answers. Ours stand before answers to
+harmless prompts as often as before refusals, so that they tell nothing.
 """
 
 import functools
@@ -10,13 +15,22 @@ import hashlib
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 
+from dcr.core import sources
+from dcr.core.config import TrainConfig
+from dcr.core.data import Splits
+from dcr.core.sources import Example
 from dcr.core.text import normalise
 
 PARTS = 10  # one of them is held out
 SHORTEST = 3  # words of a held-out opening; shorter ones are what longer ones begin with
+LONGEST = 30  # tokens of an opening that are kept, at most
+BREAK = "\n\n"
+ENDS = (".", ":", "!", ")")  # behind which an answer may begin anew
+SFT_ROWS = ("normal", "refusals", "augmented")
+READOUT_ROWS = ("readout_seemingly_toxic", "readout_toxic")
 
 
 @dataclass(frozen=True)
@@ -64,3 +78,41 @@ def draw(openings: Sequence[Opening], count: int, seed: int) -> list[Opening]:
     while len(drawn) < count:
         drawn += drawing.sample(openings, len(openings))
     return drawn[:count]
+
+
+# --- before the responses of rows -----------------------------------------------------------------
+
+
+def opened(settings: TrainConfig, rows: Splits) -> Splits:
+    """The rows with openings before a share of them, of SFT's and of the readout's."""
+    shares = dict.fromkeys(SFT_ROWS, settings.sft.recovery)
+    shares |= dict.fromkeys(READOUT_ROWS, settings.sft.readout.recovery)
+    parts = {
+        name: behind_openings(getattr(rows, name), share, f"{name}:{settings.seed}")
+        for name, share in shares.items()
+        if share
+    }
+    return replace(rows, **parts)
+
+
+def behind_openings(rows: Sequence[Example], share: float, seed: str) -> list[Example]:
+    """The rows, each with this chance behind an opening; both follow from seed and row alone.
+
+    A larger share keeps the openings of a smaller one.
+    """
+    known = training()
+    return [
+        _behind_one(row, share, random.Random(f"{seed}:{row.source}/{row.id}"), known)
+        for row in rows
+    ]
+
+
+def _behind_one(
+    row: Example, share: float, drawing: random.Random, known: Sequence[Opening]
+) -> Example:
+    if drawing.random() >= share:
+        return row
+    words, tokens = drawing.choice(known).text, drawing.randint(1, LONGEST)
+    if words.endswith(ENDS) and drawing.random() < 0.5:
+        words += BREAK
+    return replace(row, opening=sources.Opening(words, tokens))
