@@ -33,6 +33,7 @@ from dcr.core.training.readout import drift
 
 SOURCES = {Kind.toxic: "contrasts_toxic", Kind.seemingly_toxic: "contrasts_seemingly_toxic"}
 FILE = "keep_refusals.safetensors"  # in the trainer's output folder, for training that is resumed
+PARTS = ("ids", "mask", "before")  # of a batch: `before` are log-probabilities
 
 
 def probes(count: int, seed: int) -> list[str]:
@@ -85,7 +86,7 @@ class KeepRefusals(TrainerCallback):
         self.tokenizer, self.given, self.seed = tokenizer, probes, seed
         self.weight, self.tokens, self.batch_size = weight, tokens, batch_size
         self.divergence: list[float] = []
-        self._batches: list[tuple[Tensor, Tensor, Tensor]] = []  # ids, mask, log-probabilities
+        self._batches: list[tuple[Tensor, ...]] = []  # of PARTS
 
     def on_train_begin(
         self,
@@ -108,14 +109,7 @@ class KeepRefusals(TrainerCallback):
                 )
         file = Path(str(args.output_dir)) / FILE
         if state.global_step:
-            if not file.is_file():
-                raise ConfigError(
-                    f"{file}: gone, and with it the model before training; begin anew"
-                )
-            kept = load_file(file)
-            names = ("ids", "mask", "before")
-            count = len(kept) // len(names)
-            self._batches = [tuple(kept[f"{i}.{n}"] for n in names) for i in range(count)]  # pyright: ignore[reportAttributeAccessIssue]
+            self._batches = _kept(file)
             return
         chat = prompts.chat_format(tokenizer, ModelConfig(name="KeepRefusals"))
         asked = list(probes(64, self.seed) if self.given is None else self.given)
@@ -129,7 +123,7 @@ class KeepRefusals(TrainerCallback):
             named = {
                 f"{i}.{name}": each.contiguous()
                 for i, batch in enumerate(self._batches)
-                for name, each in zip(("ids", "mask", "before"), batch, strict=True)
+                for name, each in zip(PARTS, batch, strict=True)
             }
             storage.write_bytes(file, save(named))
 
@@ -172,6 +166,14 @@ class KeepRefusals(TrainerCallback):
                 input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, **options
             )
         return output.logits[:, -self.tokens :].float()
+
+
+def _kept(file: Path) -> list[tuple[Tensor, ...]]:
+    """The batches that an earlier process kept. Raises ConfigError where they are gone."""
+    if not file.is_file():
+        raise ConfigError(f"{file}: gone, and with it the model before training; begin anew")
+    kept = load_file(file)
+    return [tuple(kept[f"{i}.{part}"] for part in PARTS) for i in range(len(kept) // len(PARTS))]
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

@@ -236,26 +236,10 @@ def _as_array(
             "trainer.num_nodes and trainer.devices differ within the sweep: the jobs of an "
             "array are alike; make a sweep of each"
         )
-    ((nodes, devices),) = shapes
-    slurm = options.cluster == "slurm"
-    began = time.perf_counter()
+    began, slurm = time.perf_counter(), options.cluster == "slurm"
     try:
         executor = submitit.AutoExecutor(folder / ".submitit", cluster=options.cluster)
-        executor.update_parameters(
-            name="dcr",
-            timeout_min=options.minutes,
-            nodes=nodes if slurm else 1,
-            tasks_per_node=devices if slurm else 1,
-            cpus_per_task=options.cpus_per_task,
-            gpus_per_node=options.gpus_per_node,
-            mem_gb=options.mem_gb,
-            slurm_partition=options.partition,
-            slurm_account=options.account,
-            slurm_array_parallelism=options.parallel,
-            slurm_signal_delay_s=options.notice,
-            slurm_setup=list(options.setup) or None,
-            slurm_additional_parameters={"requeue": True, **options.sbatch},
-        )
+        executor.update_parameters(**_parameters(options, *(shapes.pop() if slurm else (1, 1))))
         jobs = executor.map_array(run_in_job, commands)
     except (RuntimeError, ValueError, AssertionError, FailedJobError) as no:
         raise UserError(f"hydra/launcher=slurm: {resolving.one_line(no)}") from no
@@ -265,6 +249,25 @@ def _as_array(
         ends = f"scancel {names[0].partition('_')[0]}"
         log.info("a signal to this command leaves them running; %s ends them", ends)
     yield from _ends(jobs, commands, began, _queued if slurm else _alive)
+
+
+def _parameters(options: SlurmOptions, nodes: int, devices: int) -> dict[str, Any]:
+    """submitit's parameters of an array whose jobs take so many nodes, and devices on each."""
+    return {
+        "name": "dcr",
+        "timeout_min": options.minutes,
+        "nodes": nodes,
+        "tasks_per_node": devices,
+        "cpus_per_task": options.cpus_per_task,
+        "gpus_per_node": options.gpus_per_node,
+        "mem_gb": options.mem_gb,
+        "slurm_partition": options.partition,
+        "slurm_account": options.account,
+        "slurm_array_parallelism": options.parallel,
+        "slurm_signal_delay_s": options.notice,
+        "slurm_setup": list(options.setup) or None,
+        "slurm_additional_parameters": {"requeue": True, **options.sbatch},
+    }
 
 
 def _ends(jobs: Any, commands: Sequence[Command], began: float, queued: Any) -> Iterator[Outcome]:

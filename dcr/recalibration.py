@@ -44,27 +44,7 @@ class Options:
 
 @entry.command(Options)
 def main(options: Options) -> None:
-    folder = options.model
-    if not folder.is_dir():
-        raise ConfigError(f"model={folder}: not a folder; name the one of the tuned weights")
-    if (folder / storage.CHECKSUMS).exists():
-        raise ConfigError(
-            f"model={folder}: is a run's own, which stays as it was made; export it, with "
-            "python -m dcr.export calibrate="
-        )
-    asked = machine.settled({"evaluation": Precision(options.precision)})
-    named = ModelConfig(name=str(folder), trust_remote_code=options.trust_remote_code)
-    settings = EvalSettings(
-        model=named,
-        calibrate=options.calibrate,
-        precision=asked.precisions["evaluation"],
-        calibration=CalibrationConfig(
-            options.toxic or DEFAULT.toxic, options.seemingly_toxic or DEFAULT.seemingly_toxic
-        ),
-    )
-    settings.data.root = options.root
-    for fault in relations(settings):
-        raise ConfigError(fault)
+    folder, settings = options.model, _settings(options)
     from dcr.calibration import biases
     from dcr.core import models
 
@@ -73,9 +53,9 @@ def main(options: Options) -> None:
     if models.is_adapter(folder):
         policy = models.open_adapter(folder, settings.precision, options.trust_remote_code)
     else:
-        policy = models.open_policy(named, settings.precision)
+        policy = models.open_policy(settings.model, settings.precision)
     machine.to_gpu(policy.model, "auto")
-    chat = prompts.chat_format(policy.tokenizer, named)
+    chat = prompts.chat_format(policy.tokenizer, settings.model)
     bias, record = biases.calibrated(policy, chat, settings)
     decoding = models.unwrapped(policy.model).generation_config
     decoding.sequence_bias = bias.sequences
@@ -88,6 +68,31 @@ def main(options: Options) -> None:
     for name, of in record["sets"].items():
         print(f"{name}: {of['plain']} of {of['n']} refused, {of['refused']} with the bias")
     print(f"bias {bias.bias:+.3f}: {folder / FILE}")
+
+
+def _settings(options: Options) -> EvalSettings:
+    """The settings of the answers. Raises ConfigError for a folder or settings that cannot be."""
+    folder = options.model
+    if not folder.is_dir():
+        raise ConfigError(f"model={folder}: not a folder; name the one of the tuned weights")
+    if (folder / storage.CHECKSUMS).exists():
+        raise ConfigError(
+            f"model={folder}: is a run's own, which stays as it was made; export it, with "
+            "python -m dcr.export calibrate="
+        )
+    asked = machine.settled({"evaluation": Precision(options.precision)})
+    settings = EvalSettings(
+        model=ModelConfig(name=str(folder), trust_remote_code=options.trust_remote_code),
+        calibrate=options.calibrate,
+        precision=asked.precisions["evaluation"],
+        calibration=CalibrationConfig(
+            options.toxic or DEFAULT.toxic, options.seemingly_toxic or DEFAULT.seemingly_toxic
+        ),
+    )
+    settings.data.root = options.root
+    for fault in relations(settings):
+        raise ConfigError(fault)
+    return settings
 
 
 if __name__ == "__main__":
