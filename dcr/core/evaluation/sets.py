@@ -46,6 +46,7 @@ APART = ("coconot_safety", "phtest_controversial")
 Pair = tuple[tuple[str, ...], tuple[str, ...]]
 PAIRS: tuple[Pair, ...] = (
     (("demo_seemingly_toxic_heldout",), ("demo_toxic_heldout",)),
+    (("registers_seemingly_toxic_heldout",), ("registers_toxic_heldout",)),
     (("xstest_safe",), ("xstest_unsafe",)),
     (("coconot_contrast",), ("coconot_original",)),
     (("coconot_safety",), ("coconot_original",)),
