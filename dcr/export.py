@@ -86,7 +86,7 @@ SETTINGS = {  # the settings that a card names, by stage
         "sft.epochs", "sft.batch_size", "sft.lr", "sft.lora.rank", "sft.lora.alpha",
         "sft.lora.targets", "sft.max_len", "sft.precision", "sft.recovery",
     ),
-    "readout": ("sft.readout.steps", "sft.readout.greedy", "sft.readout.recovery"),
+    "readout": ("sft.readout.steps", "sft.readout.greedy"),
 }  # fmt: skip
 
 

@@ -23,15 +23,14 @@ from tiny_run import (
 from torch import Tensor
 
 from dcr import contamination, plan, train
-from dcr.core import config, data, models, passes, prompts, refusal, runs
+from dcr.core import config, data, models, passes, prompts, runs
 from dcr.core.config import ConfigError, Kind, LoraConfig, Stage, TrainConfig
-from dcr.core.data import NO_CLASS, SEEMINGLY_TOXIC, TOXIC, ReadoutBatch
-from dcr.core.data.module import readout_batch
+from dcr.core.data import SEEMINGLY_TOXIC, TOXIC, ReadoutBatch
 from dcr.core.data.rows import OPENING
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
-from dcr.core.sources import Example, Opening
+from dcr.core.sources import Example
 from dcr.core.training import callbacks, readout
 from dcr.core.training.readout import ReadoutModule
 from dcr.plan import cost
@@ -98,16 +97,13 @@ def test_the_last_blocks_alone_give_what_each_prompt_gives_by_itself(
     )
 
 
-@pytest.mark.parametrize("behind", [False, True])
 @pytest.mark.parametrize("rows", [APART, ALIKE], ids=["apart", "alike"])
 @pytest.mark.parametrize("count", [1, 2])
 def test_gradients_are_those_of_the_whole_model_with_all_else_frozen(
-    policy: Policy, count: int, rows: list[list[int]], behind: bool
+    policy: Policy, count: int, rows: list[list[int]]
 ) -> None:
-    """With a decision behind an opening, the third row is a prompt and two tokens of an opening."""
     model = adapted(policy).model
     openings, labels = torch.tensor([5, 9]), torch.tensor([TOXIC, 0, TOXIC])
-    later = torch.tensor([3, 5])
     last = {
         name: weight
         for name, weight in models.decoder_blocks(model)[-count:].named_parameters()
@@ -116,15 +112,10 @@ def test_gradients_are_those_of_the_whole_model_with_all_else_frozen(
     moving = {n for n, w in model.named_parameters() if any(w is each for each in last.values())}
     ids, mask, read = padded(rows)
     read[0, -3:] = True  # the first row ends with two tokens of a refusal
-    firsts, classes = [True, False, False, True, True], [NO_CLASS] * 5
-    if behind:
-        read[2, len(rows[2]) - 3] = True
-        firsts, classes = [*firsts, False], [*classes, TOXIC]
-    first, opening = torch.tensor(firsts), torch.tensor([9, 7])
-    decided = torch.tensor(classes)
-    batch = ReadoutBatch(ids, mask, read, labels, first, decided, opening, ("a", "b", "c"), 0)
+    first, opening = torch.tensor([True, False, False, True, True]), torch.tensor([9, 7])
+    batch = ReadoutBatch(ids, mask, read, labels, first, opening, ("a", "b", "c"), 0)
     asked = config.ReadoutConfig(blocks=count, greedy=0.5)
-    module = ReadoutModule(Policy(model, policy.tokenizer, ""), asked, openings, later)
+    module = ReadoutModule(Policy(model, policy.tokenizer, ""), asked, openings)
     module.half_passes[0] = readout.half_pass(model, count, ids, mask, read)
     contrast, wording = module.contrast(batch)
     loss = contrast + readout.WORDING * wording
@@ -134,19 +125,14 @@ def test_gradients_are_those_of_the_whole_model_with_all_else_frozen(
         weight.requires_grad = True
 
     expected = torch.zeros(())
-    read_at = [(rows[0][:-2], openings), (rows[1], openings)]
-    if behind:
-        read_at += [(rows[2][:-2], openings), (rows[2], later)]
-    else:
-        read_at += [(rows[2], openings)]
-    for (row, begun), label in zip(read_at, [*labels.tolist(), TOXIC], strict=False):
+    for row, label in zip([rows[0][:-2], *rows[1:]], labels.tolist(), strict=True):
         logits = model(torch.tensor([row])).logits[0, -1]
-        p = logits.softmax(-1)[begun].sum()
-        others = [token for token in range(len(logits)) if token not in begun]
-        decides = (logits[begun].max() - logits[others].max()).sigmoid()
+        p = logits.softmax(-1)[openings].sum()
+        others = [token for token in range(len(logits)) if token not in openings]
+        decides = (logits[openings].max() - logits[others].max()).sigmoid()
         for chance, weight in ((p, 1.0), (decides, 0.5)):
             right = chance if label == TOXIC else 1 - chance
-            expected = expected - weight * right.log() / len(read_at)
+            expected = expected - weight * right.log() / len(rows)
     torch.testing.assert_close(contrast, expected, rtol=1e-5, atol=1e-6)
     told = model(torch.tensor(rows[:1])).logits[0].log_softmax(-1)
     expected = expected - readout.WORDING * (told[-2, 9] + told[-1, 7]) / 2
@@ -352,56 +338,3 @@ def test_a_refusal_is_worded_as_sft_words_it(tiny: TrainConfig, chat: ChatFormat
         expected = tuple(chat.pair("x", "I cannot do so", 999)[0][len(chat.prompt_ids("x")) :])
         assert all(row.opening for row in found) or not reworded
         assert (said == {expected[1:OPENING]}) is reworded
-
-
-def test_behind_an_opening_an_answer_is_decided_there_as_well(chat: ChatFormat) -> None:
-    """By hand, with a tokenizer of bytes: prompt, opening, and of a refusal its first tokens."""
-    opening = Opening("Sure, here", 5)
-    for said, label in (("I cannot help.", TOXIC), ("Take the bus.", TOXIC), (None, 0)):
-        (row,) = data.readout_prompts(
-            chat, [Example("a", "word", Kind.toxic, "x", said, opening=opening)], label
-        )
-        asked = chat.prompt_ids("word")
-        more = " I c" if said and said.startswith("I") else ""
-        whole = [*asked, *chat.opening_ids("Sure,", 5), *chat.opening_ids(more, 99)]
-        assert [*row.ids, *whole[len(row.ids) :]] == whole
-        assert len(row.ids) == len(whole) - bool(more)
-        decided = len(asked) + 4  # the last token of the opening
-        assert row.places == [len(asked) - 1, *range(decided, decided + max(1, len(more)))]
-        assert list(row.opening) == whole[decided + 2 :]
-        assert row.decides[:2] == [NO_CLASS, label]
-        assert set(row.decides[2:]) <= {NO_CLASS}
-        batch = readout_batch([row], 0)
-        assert batch.first.tolist() == [True, *[False] * (len(row.places) - 1)]
-        assert batch.behind.tolist() == row.decides
-
-
-def test_later_first_tokens_of_refusals_are_words_and_no_blanks(chat: ChatFormat) -> None:
-    found = readout.later_openings(chat).tolist()
-    assert {str(chat.tokenizer.decode([token])) for token in found} == {
-        phrase[0] for phrase in refusal.OPENINGS
-    }
-
-
-def test_both_kinds_are_read_behind_openings_and_a_killed_one_ends_in_the_same_bits(
-    tiny: TrainConfig, whole: Path, sft: Path, tmp_path: Path
-) -> None:
-    asked = changed(tiny, "sft.readout.recovery=0.5")
-    rows = data.rows_of(asked)
-    shares = [
-        sum(row.opening is not None for row in part) / len(part)
-        for part in (rows.readout_toxic, rows.readout_seemingly_toxic)
-    ]
-    assert all(0.2 < share < 0.8 for share in shares)
-    assert not any(row.opening for row in (*rows.normal, *rows.readout_toxic_heldout))
-    shutil.copytree(sft, tmp_path / "other")
-    train.train(asked, Run(tmp_path / "other"))
-    with pytest.MonkeyPatch.context() as patched:
-        at_each_step(patched, lambda trainer, *_: trainer.global_step == 11 and stop())
-        with pytest.raises(Stop):
-            train.train(asked, Run(sft))
-    train.train(asked, Run(sft))
-    assert_same_run(sft, tmp_path / "other")
-    assert not same(weights(sft), weights(whole))
-    counts = json.loads((sft / "rows.json").read_text())["rows"]
-    assert counts["readout_toxic"]["openings"]["count"] > 0

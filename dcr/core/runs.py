@@ -271,7 +271,10 @@ def binding_model(made_with: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without_recovery(node: Mapping[str, Any]) -> dict[str, Any]:
-    """A node without the share of rows behind openings where that is 0."""
+    """A node without the share of rows behind openings where that is 0.
+
+    Runs made while the readout had such a share name it there as well.
+    """
     return {key: value for key, value in node.items() if key != "recovery" or value}
 
 

@@ -30,7 +30,6 @@ LONGEST = 30  # tokens of an opening that are kept, at most
 BREAK = "\n\n"
 ENDS = (".", ":", "!", ")")  # behind which an answer may begin anew
 SFT_ROWS = ("normal", "refusals", "augmented")
-READOUT_ROWS = ("readout_seemingly_toxic", "readout_toxic")
 
 
 @dataclass(frozen=True)
@@ -84,13 +83,10 @@ def draw(openings: Sequence[Opening], count: int, seed: int) -> list[Opening]:
 
 
 def opened(settings: TrainConfig, rows: Splits) -> Splits:
-    """The rows with openings before a share of them, of SFT's and of the readout's."""
-    shares = dict.fromkeys(SFT_ROWS, settings.sft.recovery)
-    shares |= dict.fromkeys(READOUT_ROWS, settings.sft.readout.recovery)
+    """The rows with openings before a share of SFT's."""
+    share, seed = settings.sft.recovery, settings.seed
     parts = {
-        name: behind_openings(getattr(rows, name), share, f"{name}:{settings.seed}")
-        for name, share in shares.items()
-        if share
+        name: behind_openings(getattr(rows, name), share, f"{name}:{seed}") for name in SFT_ROWS
     }
     return replace(rows, **parts)
 

@@ -366,9 +366,6 @@ class ReadoutConfig:
     # Weight of the contrast of the margin as well, by which greedy decoding decides: above 0 greedy
     # answers need no calibration to refuse one kind and answer the other, and rank a little worse.
     greedy: float = 0.0
-    # Share of the prompts whose answer is decided behind a compliant opening as well, harmless and
-    # harmful alike.
-    recovery: float = 0.0
 
 
 @dataclass

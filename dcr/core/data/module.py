@@ -57,7 +57,6 @@ class ReadoutBatch:
 
     Attributes:
         first: which of the positions that are read are the first of their row.
-        behind: a prompt's class where its answer begins behind an opening, elsewhere NO_CLASS.
         opening: the tokens of refusals behind the others, where rows are prompts.
         number: by which the batch is known among all of the stage.
     """
@@ -67,7 +66,6 @@ class ReadoutBatch:
     read: Bool[Tensor, "batch length"]
     labels: Int[Tensor, "batch"]
     first: Bool[Tensor, "places"]
-    behind: Int[Tensor, "places"]
     opening: Int[Tensor, "tokens"]
     names: tuple[str, ...]
     number: int
@@ -120,7 +118,6 @@ def readout_batch(rows: Sequence[ReadoutRow], number: int) -> ReadoutBatch:
         read,
         torch.tensor([row.label for row in rows]),
         torch.tensor([place == row.places[0] for row in rows for place in row.places]),
-        torch.tensor([each for row in rows for each in row.decides]),
         torch.tensor([token for row in rows for token in row.opening], dtype=torch.long),
         tuple(row.id for row in rows),
         number,

@@ -311,8 +311,7 @@ def _unlearnt(rows: Sequence[PairRow]) -> list[PairRow]:
 class ReadoutRow:
     """A row's id, its tokens, the positions that are read, and of a prompt its class.
 
-    `opening` has the tokens that a refusal goes on with behind the last positions. The one before
-    those decides behind an opening where a prompt has one, and the first decides always.
+    `opening` has the tokens that a refusal goes on with behind all positions but the first.
     """
 
     id: str
@@ -320,12 +319,6 @@ class ReadoutRow:
     places: list[int]
     label: int = NO_CLASS
     opening: tuple[int, ...] = ()
-
-    @property
-    def decides(self) -> list[int]:
-        """The class of a prompt at each position that decides behind an opening, else NO_CLASS."""
-        behind = len(self.places) - len(self.opening) - 1 if self.label != NO_CLASS else 0
-        return [self.label if behind and i == behind else NO_CLASS for i in range(len(self.places))]
 
 
 class Rounds:
@@ -421,20 +414,14 @@ def _reworded(rows: Sequence[Example], refusals: Sequence[Example]) -> list[Exam
 
 
 def readout_prompts(chat: ChatFormat, rows: Sequence[Example], label: int) -> list[ReadoutRow]:
-    """Prompts, read where the first answer token is; toxic ones with how their refusal goes on.
-
-    Those with an opening are read where the first token behind it is as well, and refusals go on
-    from there.
-    """
+    """Prompts, read where the first answer token is; toxic ones with how their refusal goes on."""
     found: list[ReadoutRow] = []
     for row in rows:
-        asked, behind, said = chat.prompt_ids(row.prompt), opening_ids(chat, row), list[int]()
-        ids = [*asked, *behind]
+        ids, said = chat.prompt_ids(row.prompt), list[int]()
         if label == TOXIC and row.response and is_refusal(row.response):
-            whole, _ = chat.pair(row.prompt, row.response, len(ids) + OPENING, opening=behind)
+            whole, _ = chat.pair(row.prompt, row.response, len(ids) + OPENING)
             said = whole[len(ids) :]
-        last = len(ids) + max(1, len(said)) - 1
-        places = [*([len(asked) - 1] if behind else []), *range(len(ids) - 1, last)]
+        places = [*range(len(ids) - 1, len(ids) + max(1, len(said)) - 1)]
         found.append(ReadoutRow(row.id, [*ids, *said[:-1]], places, label, tuple(said[1:])))
     return found
 

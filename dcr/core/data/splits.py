@@ -195,7 +195,7 @@ def rows_of(settings: TrainConfig) -> Splits:
         readout=settings.sft.readout if settings.sft.readout.steps else None,
         at_most=settings.at_most,
     )
-    if settings.sft.recovery or settings.sft.readout.recovery:
+    if settings.sft.recovery:
         opened: Open = extending.ours(settings.table.opening)
         rows = opened(settings, rows)
     return rows

@@ -3,12 +3,12 @@
 After SFT the state from which the first answer token is read tells toxic prompts from seemingly
 toxic ones far better than the first tokens of refusals do (docs/results.md). A contrast between
 pairs teaches those tokens, and refusals of toxic prompts how to go on: behind "I" stand answers as
-well. With `recovery` it does the same behind compliant openings. What lies below the last blocks
+well. What lies below the last blocks
 stays as it is, so each prompt passes it once, and a step costs the last blocks alone. No part of
 the paper.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -21,8 +21,6 @@ from dcr.core import models, passes, refusal, statistics
 from dcr.core.config import ConfigError, ReadoutConfig, Schedule
 from dcr.core.data import NO_CLASS, SEEMINGLY_TOXIC, TOXIC, ReadoutBatch, SafetyData
 from dcr.core.models import Policy
-from dcr.core.prompts import ChatFormat
-from dcr.core.refusal.opening import Ending, continuations
 from dcr.core.training import callbacks
 from dcr.core.training.resuming import ResumableModule, adamw, rate_factor
 
@@ -78,17 +76,6 @@ def final_states(model: Any, given: HalfPass) -> Float[Tensor, "places width"]:
     return hidden if norm is None else norm[1](hidden)
 
 
-def later_openings(chat: ChatFormat) -> Int[Tensor, "tokens"]:
-    """The distinct first tokens of refusals behind other words of an answer, ascending.
-
-    They stand after a space, or after a line break without one.
-    """
-    phrases = [*refusal.OPENINGS, *(f" {phrase}" for phrase in refusal.OPENINGS)]
-    alone = continuations(chat.tokenizer, Ending((), "", False), phrases)
-    firsts = {ids[0] for ids in alone}
-    return torch.tensor(sorted(i for i in firsts if str(chat.tokenizer.decode([i])).strip()))
-
-
 def contrast_loss(
     refusing: Float[Tensor, "prompts"], labels: Int[Tensor, "prompts"]
 ) -> Float[Tensor, ""]:
@@ -115,25 +102,21 @@ class ReadoutModule(ResumableModule):
     resumed, by the weights of SFT, which the policy must have; a step then costs the last blocks
     alone. Dropout is off throughout, or answers would seem to move by it. Each of several processes
     takes the same steps, which are too small to be shared. `openings` are the first tokens of
-    refusals, `later` those behind other words, and `progress` shows a bar while batches are
-    prepared.
+    refusals, and `progress` shows a bar while batches are prepared.
     """
 
     openings: Tensor
-    later: Tensor
 
     def __init__(
         self,
         policy: Policy,
         config: ReadoutConfig,
         openings: Int[Tensor, "tokens"],
-        later: Int[Tensor, "tokens"],
         progress: bool = False,
     ) -> None:
         super().__init__()
         self.config, self.model, self.progress = config, policy.model.eval(), progress
         self.register_buffer("openings", openings, persistent=False)
-        self.register_buffer("later", later, persistent=False)
         for weight in self.model.parameters():
             weight.requires_grad = False
         for name, weight in models.decoder_blocks(self.model)[-config.blocks :].named_parameters():
@@ -177,26 +160,20 @@ class ReadoutModule(ResumableModule):
         return self.checked(loss, tuple(name for part in batch for name in part.names))
 
     def contrast(self, batch: ReadoutBatch) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """The contrast where answers begin, and the NLL of how refusals go on.
+        """The contrast at the first answer token, and the NLL of how refusals go on.
 
         The contrast is that of the mass of refusals' first tokens, which ranks prompts, and as
-        `greedy` weighs it of their margin, by which greedy decoding decides. Answers begin behind
-        the prompt, and behind its opening if it has one.
+        `greedy` weighs it of their margin, by which greedy decoding decides.
         """
-        logits, later = self.logits(batch), batch.behind != NO_CLASS
-        labels = torch.cat([batch.labels, batch.behind[later]])
-
-        def contrasted(score: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-            scores = score(logits[batch.first], self.openings), score(logits[later], self.later)
-            return contrast_loss(torch.cat(scores), labels)
-
-        contrast = contrasted(refusal.refusal_log_odds)
+        logits = self.logits(batch)
+        first = logits[batch.first]
+        contrast = contrast_loss(refusal.refusal_log_odds(first, self.openings), batch.labels)
         if self.config.greedy:
-            contrast = contrast + self.config.greedy * contrasted(refusal.refusal_margin)
+            margin = refusal.refusal_margin(first, self.openings)
+            contrast = contrast + self.config.greedy * contrast_loss(margin, batch.labels)
         if not len(batch.opening):
             return contrast, contrast.new_zeros(())
-        told = logits[~batch.first & ~later].float()
-        return contrast, F.cross_entropy(told, batch.opening)
+        return contrast, F.cross_entropy(logits[~batch.first].float(), batch.opening)
 
     def drifted(self, batch: ReadoutBatch) -> Float[Tensor, "places"]:
         """How far the next token has moved at each place of some answers, in nats."""

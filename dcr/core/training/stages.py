@@ -31,7 +31,7 @@ from dcr.core.runs import Run
 from dcr.core.storage import Lease
 from dcr.core.training import Watched, callbacks, resuming
 from dcr.core.training.contrastive import ContrastiveModule
-from dcr.core.training.readout import ReadoutModule, later_openings
+from dcr.core.training.readout import ReadoutModule
 from dcr.core.training.sft import SFTModule
 
 log = logging.getLogger(__name__)
@@ -158,8 +158,8 @@ def train_readout(job: Job) -> None:
     _claim_base(job, Stage.readout, policy)
     chat = _chat_of_answers(job, policy)
     batches = _batches(job, Stage.readout, chat)
-    openings, later = refusal.refusal_openings(chat), later_openings(chat)
-    module = ReadoutModule(policy, phase, openings, later, settings.trainer.progress)
+    openings = refusal.refusal_openings(chat)
+    module = ReadoutModule(policy, phase, openings, settings.trainer.progress)
     seen = _measuring(job, Stage.readout, policy, chat, phase.steps)
     trainer = _fit(job, Stage.readout, module, batches, phase.steps, *seen)
     if trainer.is_global_zero:
