@@ -364,6 +364,10 @@ def test_a_gguf_file_becomes_the_model_that_it_was_written_from(tmp_path: Path) 
     torch.testing.assert_close(found.model(input_ids=IDS).logits, model(input_ids=IDS).logits)
     assert models.head(found.model).weight is found.model.get_input_embeddings().weight
     assert found.tokenizer("How")["input_ids"] == [2, 262, 263, 264]
+    for file in (tmp_path / "folder").glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ConfigError, match="its tokenizer makes no token of"):
+        models.open_tokenizer(ModelConfig(name=str(tmp_path / "folder")))
 
 
 # --- folders that are no model ------------------------------------------------------------------

