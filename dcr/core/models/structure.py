@@ -133,7 +133,11 @@ def contiguous_head(model: Any) -> Iterator[None]:
     torch multiplies strided states by a copy of a frozen head for every row of the batch: gigabytes
     for a vocabulary of 50,000, and half of the time of reading short prompts.
     """
-    hook = head(model).register_forward_pre_hook(lambda _, given: (given[0].contiguous(),))
+    layer = unwrapped(model).get_output_embeddings()
+    if layer is None:
+        yield
+        return
+    hook = layer.register_forward_pre_hook(lambda _, given: (given[0].contiguous(),))
     try:
         yield
     finally:
