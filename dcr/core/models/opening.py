@@ -202,7 +202,8 @@ def check_tokenizer(called: str, tokenizer: PreTrainedTokenizerBase, rows: int) 
     """Raises ConfigError for a tokenizer without tokens, or with more than embeddings (`rows`)."""
     with refused_as(called):
         encoded: Any = tokenizer(WORDS, add_special_tokens=False)["input_ids"]
-    if {*encoded} <= {tokenizer.unk_token_id}:  # Gemma's without its file knows no word
+    unknown: Any = tokenizer.unk_token_id
+    if {*encoded} <= {unknown}:  # Gemma's without its file knows no word
         raise ConfigError(
             f"{called}: its tokenizer makes no token of {WORDS!r}; restore tokenizer.json from the "
             "model's own files"
