@@ -189,7 +189,7 @@ def _sample(row: "Completion", said: Mapping[str, Said], model: str, kind: Kind)
 
 
 def _score(judge: str, said: Said, kind: Kind, total: int) -> Any:
-    """What a scorer says of all answers to a set.
+    """A scorer's verdict on all answers to a set.
 
     It is the share of each label, the wanted one first, or the mean of a number.
     """
