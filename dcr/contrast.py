@@ -29,9 +29,11 @@ from torch import Tensor
 from dcr.core.config import ConfigError
 from dcr.core.config.evaluation import EvalConfig, GenConfig
 from dcr.core.evaluation.protocols import Change
+from dcr.core.evaluation.subjects import Local, subjects
 from dcr.core.generation import Context, Encoded, decoded
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
+from dcr.core.runs import Run
 
 EMPHASIS = (
     "Safety comes before everything else. Before you answer, ask yourself whether the request or "
@@ -100,6 +102,12 @@ class Contrast:
 
 class Contrasted(Change):
     """Answers decoded with the contrast that `gen.self_cd` or `gen.adacd` names."""
+
+    def check(self, settings: EvalConfig, run: Run) -> None:
+        """Raises ConfigError for a template that cannot hold the contrast's system prompt."""
+        first, *_ = subjects(settings, run)
+        if (contrast := self.decoding(settings)) and isinstance(first, Local):
+            contrast.stressed(first.closed_chat())
 
     def recorded(self, settings: EvalConfig) -> dict[str, float]:
         return settings.gen.contrast

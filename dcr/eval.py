@@ -42,6 +42,7 @@ def evaluate(settings: EvalConfig, run: Run) -> None:
     found = subjects.subjects(settings, run)
     metrics.check(settings, run)
     asked = metrics.read(settings)
+    metrics.check_prompts(settings, run, asked)
     place = run.folder / "eval"
     if place.exists() and not place.is_dir():
         raise DataError(f"{place}: a file or a device, not a folder; move it away")

@@ -293,9 +293,10 @@ def check_jobs(planned: Sequence[Job]) -> None:
         if job.training is not None:
             training_script.checked(job.training, job.run)
         for settings in job.evaluations:
-            metrics.read(settings)
-            if job.training is None:
+            asked = metrics.read(settings)
+            if job.training is None:  # the others are asked the same, in the same words
                 metrics.check(settings, job.run)
+                metrics.check_prompts(settings, job.run, asked)
 
 
 # --- parts --------------------------------------------------------------------------------------

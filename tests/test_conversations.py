@@ -17,6 +17,7 @@ from dcr import train
 from dcr.core import data, generation, models, prompts, sources
 from dcr.core.config import ConfigError, DataError, Kind
 from dcr.core.config.evaluation import GenConfig
+from dcr.core.evaluation import subjects
 from dcr.core.runs import Run
 from dcr.core.sources import SOURCES, Example, table
 from dcr.core.text import (
@@ -266,6 +267,55 @@ def test_a_template_that_takes_no_such_turns_names_the_row_before_weights_open(
     assert why in told
     assert "; remove the row or the turn, or give another template with model.template" in told
     assert "\n" not in told
+
+
+ROW = "{rows}: seven: the model's chat template takes "
+NO_SYSTEM = "no turns of system, user, assistant, user (System role not supported)"
+
+
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [
+        (["data.evaluation.safety=[{rows}]", "tasks=[safety]"], ROW + NO_SYSTEM),
+        (["data.evaluation.safety=[{rows}]", "tasks=[discernment]"], ROW + NO_SYSTEM),
+        (["calibration.toxic=[{rows}]", "calibrate=0.5"], ROW + NO_SYSTEM),
+        (["model.system_prompt=Hi"], "model.template={file}: its chat template fails (System role"),
+        (["gen.self_cd=1"], "gen.self_cd: the chat template takes no system prompt"),
+        (
+            ["robustness.attacks=[system]", "tasks=[robustness]"],
+            "robustness.attacks=[system]: the chat template takes no system prompt",
+        ),
+    ],
+)
+def test_an_evaluation_refuses_what_a_template_does_not_take_before_weights_open(
+    asked: list[str], why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Any
+) -> None:
+    file = tmp_path / "x.jinja"
+    file.write_text(REFUSING)
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"messages": MESSAGES, "id": "seven"}])
+    monkeypatch.setattr(subjects, "opened", lambda _: pytest.fail("weights opened"))
+    named = (f"model.template={file}", *(each.format(rows=rows) for each in asked))
+    ended = command("eval.py", "model=tiny", "data=demo", "output=out", "limit=2", *named)
+    assert ended.code == 2
+    assert why.format(rows=rows, file=file) in ended.error
+    assert not (tmp_path / "out" / "eval").exists()
+
+
+def test_so_does_the_evaluation_of_a_run_by_its_own_template(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Any
+) -> None:
+    file = tmp_path / "x.jinja"
+    file.write_text(REFUSING)
+    made = tiny_run.settings(tmp_path / "rows", "method=stl", f"model.template={file}")
+    run = Run(tmp_path / "run")
+    train.train(made, run)
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"messages": MESSAGES, "id": "seven"}])
+    monkeypatch.setattr(subjects, "opened", lambda _: pytest.fail("weights opened"))
+    asked = ("tasks=[safety]", f"data.evaluation.safety=[{rows}]")
+    ended = command("eval.py", f"run={run.folder}", *asked)
+    assert ended.code == 2
+    assert (ROW + NO_SYSTEM).format(rows=rows) in ended.error
+    assert not (run.folder / "eval").exists()
 
 
 # --- requests and verdicts ---

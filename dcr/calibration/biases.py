@@ -154,6 +154,8 @@ class Calibrated(Change):
 
     def check(self, settings: EvalConfig, run: Run) -> None:
         check(settings, run.config() if settings.run else {"method": "base"})
+        first, *_ = subjects.subjects(settings, run)
+        first.check_prompts(validation(settings))
 
     def recorded(self, settings: EvalConfig) -> dict[str, Any]:
         return {"calibrate": label(settings)}

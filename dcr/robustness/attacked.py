@@ -23,6 +23,7 @@ from dcr.core.config.evaluation import EvalConfig
 from dcr.core.evaluation import scoring, sets
 from dcr.core.evaluation.protocols import Task, Work
 from dcr.core.evaluation.sets import PromptSet
+from dcr.core.evaluation.subjects import Local, subjects
 from dcr.core.generation import Completion, OpeningBias
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
@@ -56,7 +57,7 @@ class Robustness(Task):
     """How answers to both kinds of prompts turn out under each attack."""
 
     def check(self, settings: EvalConfig, run: Run) -> None:
-        """Raises a UserError for an attack that lacks its rows, prompts or target."""
+        """Raises a UserError for an attack that lacks its rows, prompts, target or template."""
         asked = settings.node(RobustnessConfig).attacks
         named = f"robustness.attacks=[{','.join(asked)}]"
         if any(n.endswith(RECALIBRATED) for n in asked) and biases.share_of(settings) is None:
@@ -66,6 +67,9 @@ class Robustness(Task):
             )
         if set(asked) & {*TUNED}:
             tuning.harmless(settings)
+        first, *_ = subjects(settings, run)
+        if "system" in asked and isinstance(first, Local):
+            asked_to_comply(first.closed_chat())
         if "ablation" in asked:
             extraction(settings.data, ablation(settings), settings.seed)
 

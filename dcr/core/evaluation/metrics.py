@@ -33,6 +33,12 @@ def check(settings: EvalConfig, run: Run) -> None:
         part.check(settings, run)
 
 
+def check_prompts(settings: EvalConfig, run: Run, asked: "Asked") -> None:
+    """Raises a UserError for prompts that a model cannot be asked, before it is loaded."""
+    first, *_ = subjects.subjects(settings, run)  # snapshots share one chat template
+    first.check_prompts([*asked.sets, *asked.ranked])
+
+
 @dataclass(frozen=True)
 class Asked:
     """The tasks besides over-refusal and safety, the sets that a model answers, and those whose

@@ -53,6 +53,9 @@ class Subject(ABC):
     def check(self) -> None:  # noqa: B027
         """Raises a UserError for what can be known wrong before anything is opened."""
 
+    def check_prompts(self, asked: Sequence["PromptSet"]) -> None:  # noqa: B027
+        """Raises a UserError for a prompt that it cannot be asked, before anything is opened."""
+
     @abstractmethod
     def under(self, settings: EvalConfig) -> "Subject":
         """The same, opened once for both, under other settings."""

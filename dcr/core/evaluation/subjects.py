@@ -35,6 +35,7 @@ from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
 from dcr.core.sources import Example
+from dcr.core.text import turns_of
 
 log = logging.getLogger(__name__)
 
@@ -129,6 +130,25 @@ class Local(Subject):
         self._open: dict[str, Policy] = {}
         self.thoughts: dict[str, list[int]] = {}  # tokens before the answer, by prompt
         self._contexts = ExitStack()
+
+    def check_prompts(self, asked: Sequence[PromptSet]) -> None:
+        """Checks the chat template, which for a run training did, and that it takes all turns.
+
+        Raises ConfigError for a template that fails, and DataError for a conversation that it
+        refuses.
+        """
+        rows = [row for part in asked for row in part.rows]
+        if any(self.weights == "base" or len(turns_of(row.prompt)) > 1 for row in rows):
+            self.closed_chat().check(rows)
+
+    def closed_chat(self) -> ChatFormat:
+        """The chat format by the tokenizer alone, before weights are opened."""
+        model, source = self.settings.model, self.source
+        if source is None or (self.weights == "base" and not models.is_adapter(source)):
+            tokenizer = models.open_tokenizer(model)
+        else:
+            tokenizer = models.result_tokenizer(source, model.trust_remote_code)
+        return prompts.chat_format(tokenizer, model)
 
     def under(self, settings: EvalConfig) -> "Local":
         """The same weights, opened once for both, under other settings."""
