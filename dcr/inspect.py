@@ -32,7 +32,7 @@ class Options:
     """python -m dcr.inspect <run folder> ... [out=<folder>]
 
     Writes each evaluation's answers to each set, with every verdict on them, as a log of Inspect:
-    `inspect view --log-dir <folder>` shows them. Needs pip install 'dcr[inspect]'.
+    `inspect view --log-dir <folder>` shows them. Needs pip install '.[inspect]'.
     """
 
     folders: list[Path] = entry.option(

@@ -1,5 +1,6 @@
 """The documents name what there is: files, modules, settings, commands."""
 
+import ast
 import importlib.util
 import os
 import re
@@ -22,6 +23,7 @@ FOLDERS = ("dcr", "docs", "tests", "conf", "examples", "benchmarks")
 # `dcr/core/losses.py`, `docs/data.md`, `tests/campaign`, `conf/model/`
 PATHS = re.compile(rf"(?<![\w/<>$-])((?:{'|'.join(FOLDERS)})/[\w./-]*\w/?|train\.py|eval\.py)")
 LINKS = re.compile(r"\]\(([^)#:\s]+)\)")
+BLOCKS = re.compile(r"```python\n(.*?)```", re.DOTALL)
 MODULES = re.compile(r"(?:python -m |`)(dcr(?:\.[a-z_]+)+)")
 COMMANDS = re.compile(r"python (train|eval)\.py ([^\n`]*)")
 GROUPS = ("model", "data", "preset", "sweep", "steering")
@@ -37,6 +39,23 @@ def test_every_file_and_module_named_is_there(document: Path) -> None:
     assert not missing
     dotted = MODULES.findall(text)  # a module, what is in one, or a setting of stage one
     assert not [d for d in dotted if not is_there(d) and not exists(d, TrainSettings)]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_name_of_ours_that_a_page_imports_is_there(document: Path) -> None:
+    for code in BLOCKS.findall(document.read_text()):
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("dcr"):
+                for name in node.names:
+                    assert is_there(f"{node.module}.{name.name}"), f"{node.module}: {name.name}"
+            elif isinstance(node, ast.Import):
+                ours = [name.name for name in node.names if name.name.startswith("dcr")]
+                assert all(map(is_there, ours)), ours
+
+
+def test_no_page_installs_the_package_that_bears_our_name_on_the_index() -> None:
+    for document in DOCUMENTS:
+        assert not re.findall(r"pip install [^\n`]*?['\" ]dcr\b", document.read_text()), document
 
 
 def is_there(dotted: str) -> bool:

@@ -186,5 +186,5 @@ def test_what_cannot_be_written_is_said(
     make_eval(made, {"a": "rc"}, completions=False)
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     assert inspect.main([str(made)]) == 2
-    told = "needs inspect_ai; run pip install 'dcr[inspect]'"
+    told = "needs inspect_ai; run pip install '.[inspect]' in the checkout"
     assert told in capsys.readouterr().err

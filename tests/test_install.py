@@ -48,10 +48,11 @@ for words in (
         print("exit code", ended.code)
 """
 EXTRAS = (
-    "tasks=[ability]: needs lm_eval; run pip install 'dcr[ability]'",
-    "llm: needs openai; run pip install 'dcr[judges]'",
-    "python -m dcr.dashboard: needs wandb_workspaces; run pip install 'dcr[dashboard]'",
-    "python -m dcr.search: needs optuna; run pip install 'dcr[search]'",
+    "tasks=[ability]: needs lm_eval; run pip install '.[ability]' in the checkout",
+    "llm: needs openai; run pip install '.[judges]' in the checkout",
+    "python -m dcr.dashboard: needs wandb_workspaces; "
+    "run pip install '.[dashboard]' in the checkout",
+    "python -m dcr.search: needs optuna; run pip install '.[search]' in the checkout",
 )
 
 

@@ -34,7 +34,7 @@ from tests import tiny_run
 
 ROOT = Path(__file__).parent.parent
 needed = pytest.mark.skipif(
-    importlib.util.find_spec("bitsandbytes") is None, reason="pip install 'dcr[memory]' brings it"
+    importlib.util.find_spec("bitsandbytes") is None, reason="pip install '.[memory]' brings it"
 )
 # The sixteen levels of NF4, from appendix E of QLoRA (arXiv 2305.14314).
 LEVELS = (

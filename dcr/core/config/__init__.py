@@ -52,7 +52,9 @@ def check_installed(package: str, extra: str, wanted: str) -> None:
     `wanted` is the setting that needs it.
     """
     if importlib.util.find_spec(package) is None:
-        raise ConfigError(f"{wanted}: needs {package}; run pip install 'dcr[{extra}]'")
+        raise ConfigError(
+            f"{wanted}: needs {package}; run pip install '.[{extra}]' in the checkout"
+        )
 
 
 def positive(value: float) -> bool:
