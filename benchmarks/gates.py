@@ -1,12 +1,13 @@
 """Gates in front of a model, fitted to the pairs that stage one learns, against the model's own.
 
-    python benchmarks/gates.py <plan> <run> ... [--data final] [--safety 0.8] [--record <name>]
+    python benchmarks/gates.py <plan> <run> ... [--gate <folder> ...] [--data final] [--safety 0.8]
+        [--record <name>]
 
 Each run was evaluated with `tasks=[frontier]`, docs/evidence.md, and all started from one model. A
 gate scores the prompt: above a threshold it refuses, else the model's own answer that does not open
 with a refusal stands. Gates are a logistic regression on TF-IDF, a linear probe on the last token's
-state at relative depth 0.6, of the run's weights and of the model it started from, and that model
-fine-tuned as a classifier.
+state at relative depth 0.6, of the run's weights and of the model it started from, and the
+classifiers in the folders of `--gate`, which `python -m dcr.gate` trained, by their folders' names.
 What is answered where a share of the toxic prompts is refused compares with that of dcr.frontier.
 """
 
@@ -28,9 +29,9 @@ from dcr.analyses import separability
 from dcr.core import models, prompts, sources
 from dcr.core.config import ModelConfig, Precision, resolving
 from dcr.core.models import Policy
-from dcr.core.passes import attention_mask, padded
 from dcr.core.runs import Run
 from dcr.frontier import arms, comparing
+from dcr.gating import classifier
 from dcr.looks import counting
 from dcr.outcomes import outcome
 from dcr.record import origins, writing
@@ -78,43 +79,10 @@ def by_probe(policy: Policy, chat: prompts.ChatFormat) -> Gate:
     return lambda asked: (states(policy, chat, asked) @ weights + bias).numpy()
 
 
-def by_classifier(policy: Policy, chat: prompts.ChatFormat, epochs: int = 3) -> Gate:
-    """The whole model fine-tuned, with a linear head on the last token's state."""
-    texts, labels = pairs()
-    trunk = policy.model.get_decoder()
-    head = torch.nn.Linear(policy.model.config.hidden_size, 1)
-    parameters = [*trunk.parameters(), *head.parameters()]
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(parameters, lr=3e-5, weight_decay=0.01)
-    generator = torch.Generator().manual_seed(0)
-
-    def scores(batch: Sequence[str]) -> torch.Tensor:
-        encoded = [chat.prompt_ids(prompt) for prompt in batch]
-        ids = padded(encoded, chat.stop[0], left=True)
-        mask = attention_mask(encoded, left=True).long()
-        last = trunk(input_ids=ids, attention_mask=mask).last_hidden_state[:, -1]
-        return head(last.float())[:, 0]
-
-    for _ in range(epochs):
-        for places in torch.randperm(len(texts), generator=generator).split(16):
-            aims = torch.tensor([float(labels[i]) for i in places])
-            found = scores([texts[i] for i in places])
-            loss = torch.nn.functional.binary_cross_entropy_with_logits(found, aims)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-
-    @torch.inference_mode()
-    def score(asked: Sequence[str]) -> np.ndarray:
-        order = sorted(range(len(asked)), key=lambda i: len(asked[i]))
-        found = np.empty(len(asked))
-        for start in range(0, len(order), 32):
-            places = order[start : start + 32]
-            found[places] = scores([asked[i] for i in places]).numpy()
-        return found
-
-    return score
+def by_classifier(folder: Path) -> Gate:
+    """A gate that `python -m dcr.gate` trained."""
+    gate = classifier.open_gate(folder, Precision.fp32)
+    return lambda asked: np.array(gate.scores(asked))
 
 
 def gated(model: arms.Model, scores: np.ndarray) -> arms.Model:
@@ -128,11 +96,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("plan", type=Path)
     parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--gate", nargs="+", type=Path, default=[], help="folders of trained gates")
     parser.add_argument("--data", default="final")
     parser.add_argument("--safety", type=float, default=0.8)
     parser.add_argument("--record", help="the name of a record to write, or to write anew")
     given = parser.parse_args()
     found: list[dict[str, Any]] = []
+    tuned = {folder.name: by_classifier(folder) for folder in given.gate}
+    if len(tuned) < len(given.gate):
+        parser.error("--gate: two folders have one name")
     first: dict[str, Gate] = {}
     for folder in given.runs:
         run = Run(folder)
@@ -143,7 +115,7 @@ def main() -> None:
             pair.prompt for _, of in sorted(measured.given.items()) for pair in arms.in_order(of)
         ]
         node = resolving.model_of(run.config(), False)
-        first = first or {"TF-IDF": by_words()} | on_base(node)
+        first = first or {"TF-IDF": by_words()} | on_base(node) | tuned
         gates = first | on_weights(run, node)
         sizes = {name: asked.sets.count(name) for name in dict.fromkeys(asked.sets)}
         rows: list[dict[str, Any]] = [{"gate": NONE, **figures(own, asked, given.safety)}]
@@ -174,12 +146,9 @@ def numbers(
 
 
 def on_base(node: ModelConfig) -> dict[str, Gate]:
-    """The gates that read the weights that runs started from."""
+    """The gate that reads the weights that runs started from."""
     base = models.open_policy(node, Precision.fp32)
-    chat = prompts.chat_format(base.tokenizer, node)
-    probe = by_probe(base, chat)
-    tuned = by_classifier(models.open_policy(node, Precision.fp32), chat)
-    return {"probe on the base model": probe, "fine-tuned classifier": tuned}
+    return {"probe on the base model": by_probe(base, prompts.chat_format(base.tokenizer, node))}
 
 
 def on_weights(run: Run, node: ModelConfig) -> dict[str, Gate]:

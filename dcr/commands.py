@@ -26,6 +26,7 @@ COMMANDS = {
     "choice": "which layer and which sources stage one should use",
     "align": "a model of one's own: choices by measure, STL and DCR, page and export",
     "augment": "the answers that STL-aug learns, each checked",
+    "gate": "a classifier to stand in front of a model: it refuses what it takes for toxic",
     "search": "a search over stage one: front, importances, the chosen point on test sets",
     "study": "a named study from its jobs to its table and page",
     "frontier": "arms of a plan compared on generated answers at equal achieved safety",

@@ -1,6 +1,5 @@
 """Export a run's result: merged weights with a model card."""
 
-import json
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -171,7 +170,7 @@ def export(
     lost = _put_in_full(policy, chat, settings, run.stage(stage)) if narrow else None
     if isinstance(policy.model, PeftModel):
         policy = models.Policy(policy.model.merge_and_unload(), policy.tokenizer, policy.name)
-    _set_template(chat)
+    prompts.keep_template(chat)
     replaced = _set_decoding(policy, chat, settings.gen.most)
     policy.model.to(getattr(torch, dtype))
     rounded = _rounded(*lost, _first_logits(policy, chat, settings)) if lost else None
@@ -213,25 +212,6 @@ def _exportable(run: Run, out: Path, stage: str | None) -> tuple[dict[str, Any],
     if made_with["method"] not in config.Method.__members__ or not runs.stages(made_with, stage):
         raise ConfigError(f"run={run.folder}: method={made_with['method']} has no stage {stage}")
     return made_with, stage
-
-
-def _set_template(chat: ChatFormat) -> None:
-    """Give the tokenizer the run's template, with the run's system prompt as its default."""
-    tokenizer = chat.tokenizer
-
-    def templated() -> Any:
-        turns = [{"role": "user", "content": "x"}]
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-
-    tokenizer.chat_template = chat.template
-    if templated() != chat.text("x"):
-        system = json.dumps(chat.system_prompt, ensure_ascii=False)  # a Jinja string as well
-        turn = f"{{'role': 'system', 'content': {system}}}"
-        tokenizer.chat_template = (
-            "{% if messages[0]['role'] != 'system' %}"
-            f"{{% set messages = [{turn}] + messages %}}{{% endif %}}{chat.template}"
-        )
-    assert templated() == chat.text("x"), "the export speaks otherwise than the run"
 
 
 def _set_decoding(policy: "Policy", chat: ChatFormat, most: int) -> dict[str, Any]:

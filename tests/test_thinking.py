@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from dcr import eval as eval_entry
-from dcr import export, outcomes, report
+from dcr import outcomes, report
 from dcr.calibration import biases
 from dcr.core import cli, generation, models, prompts, refusal, thoughts
 from dcr.core.config import ConfigError, DataError, Kind, ModelConfig
@@ -360,7 +360,7 @@ def test_what_has_no_meaning_with_thoughts_is_refused(
 
 def test_an_export_answers_behind_an_empty_thought() -> None:
     chat = formatted(R1, system_prompt="Be kind.")
-    export._set_template(chat)
+    prompts.keep_template(chat)
     turns = [{"role": "user", "content": "Why?"}]
     told = chat.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     assert told == chat.text("Why?")

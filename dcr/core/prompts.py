@@ -5,6 +5,7 @@ and generation see the same tokens.
 """
 
 import functools
+import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -301,6 +302,25 @@ def _chat_end(probe: ChatFormat) -> int | None:
     special = special_tokens(probe.tokenizer).values()
     behind = probe.encode(whole.rpartition(thoughts.ANSWER)[2])
     return next((token for token in behind if token in special), None)
+
+
+def keep_template(chat: ChatFormat) -> None:
+    """Gives the tokenizer the template of the format, with its system prompt as the default."""
+    tokenizer = chat.tokenizer
+
+    def templated() -> Any:
+        turns = [{"role": "user", "content": "x"}]
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+
+    tokenizer.chat_template = chat.template
+    if templated() != chat.text("x"):
+        system = json.dumps(chat.system_prompt, ensure_ascii=False)  # a Jinja string as well
+        turn = f"{{'role': 'system', 'content': {system}}}"
+        tokenizer.chat_template = (
+            "{% if messages[0]['role'] != 'system' %}"
+            f"{{% set messages = [{turn}] + messages %}}{{% endif %}}{chat.template}"
+        )
+    assert templated() == chat.text("x"), "the tokenizer speaks otherwise than the format"
 
 
 # --- templates ------------------------------------------------------------------------------------

@@ -39,7 +39,13 @@ MEASURED_BY = {
     "agreement": (*RULES[:2], "dcr/outcomes", "benchmarks/keywords.py", "benchmarks/outcomes.py"),
     "balance": ("dcr/balance.py", "dcr/contrasts", *RANKING[2:]),
     "robustness": ("dcr/robustness", "dcr/openings", "dcr/outcomes", *RULES, *RANKING),
-    "gates": ("benchmarks/gates.py", "dcr/frontier", "dcr/outcomes"),
+    "gates": (
+        "benchmarks/gates.py",
+        "dcr/frontier",
+        "dcr/gate",
+        "dcr/gating/classifier.py",
+        "dcr/outcomes",
+    ),
     "frontier": ("dcr/frontier", "dcr/calibration", "dcr/inference.py", "dcr/outcomes", *RULES[:2]),
 }
 

@@ -38,6 +38,7 @@ from dcr.core.data.splits import (
     row_record,
     rows_of,
     split,
+    with_readout,
     without,
 )
 

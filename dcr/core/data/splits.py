@@ -242,7 +242,7 @@ def split(
     if added is not None:
         rows = added(rows, cleaning)
     if readout is not None:
-        rows = _with_readout(rows, readout, seed, cleaning)
+        rows = with_readout(rows, readout, seed, cleaning)
     return replace(rows, dropped=dict(cleaning.dropped), fewer=cleaning.fewer)
 
 
@@ -306,7 +306,7 @@ def _by_topic(
     return sources.split_by_group(named, holdout, seed)
 
 
-def _with_readout(rows: Splits, readout: ReadoutConfig, seed: int, cleaning: Cleaning) -> Splits:
+def with_readout(rows: Splits, readout: ReadoutConfig, seed: int, cleaning: Cleaning) -> Splits:
     """The readout's pairs, of which a share of the topics is held out from both kinds alike."""
     parts: dict[str, list[Example]] = {}
     for kind, names in (

@@ -78,11 +78,11 @@ def architecture(config: ModelConfig) -> PretrainedConfig:
         _check("model.architecture", read, config.trust_remote_code)
         return read
     return read_architecture(
-        _source(config), f"model.name={config.name}", config.revision, config.trust_remote_code
+        source_of(config), f"model.name={config.name}", config.revision, config.trust_remote_code
     )
 
 
-def _source(config: ModelConfig) -> str:
+def source_of(config: ModelConfig) -> str:
     """The folder or hub id that transformers opens."""
     if config.name == EMBEDDED_MODEL:
         return str(embedded_folder())
@@ -173,7 +173,7 @@ def open_policy(config: ModelConfig, precision: Precision) -> Policy:
     Raises ConfigError if the name is neither a folder, a reachable hub id, the embedded model nor
     `tiny`, or if its weights are not whole.
     """
-    source, called = _source(config), f"model.name={config.name}"
+    source, called = source_of(config), f"model.name={config.name}"
     options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     tokenizer = _tokenizer(called, source, read_architecture(source, called, **options), **options)
     model = held_model(source, precision, config.quantization, called, **options)
@@ -186,7 +186,9 @@ def open_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     Raises ConfigError if it cannot be read, or has more tokens than the model.
     """
     options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    return _tokenizer(f"model.name={config.name}", _source(config), architecture(config), **options)
+    return _tokenizer(
+        f"model.name={config.name}", source_of(config), architecture(config), **options
+    )
 
 
 def _tokenizer(

@@ -200,11 +200,18 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def add_lora(model: Any, config: LoraConfig, seed: int, blocks: int | None = None) -> PeftModel:
+def add_lora(
+    model: Any,
+    config: LoraConfig,
+    seed: int,
+    blocks: int | None = None,
+    task_type: str = "CAUSAL_LM",
+) -> PeftModel:
     """The model with fresh LoRA weights in fp32 on `config.targets`, in the first `blocks` or all.
 
-    The weights follow from `seed` alone, and the global generators keep their states. Raises
-    ConfigError for a target that matches no projection of a block.
+    With the task type SEQ_CLS the head of a classifier is trained as well. The weights follow from
+    `seed` alone, and the global generators keep their states. Raises ConfigError for a target that
+    matches no projection of a block.
     """
     inside = decoder_blocks(model)
     projections = _projections(inside)
@@ -226,7 +233,7 @@ def add_lora(model: Any, config: LoraConfig, seed: int, blocks: int | None = Non
         target_modules=spelled_out if every else list(config.targets),
         layers_to_transform=list(range(blocks)) if blocks else None,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in inside.modules()),
-        task_type="CAUSAL_LM",
+        task_type=task_type,
     )
     commit = getattr(unwrapped(model).config, "_commit_hash", None)  # of a base from the hub
     with seeded(seed):
