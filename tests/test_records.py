@@ -266,6 +266,20 @@ def test_a_table_has_means_over_seeds_with_students_interval(records: Path) -> N
     assert pages.rendered(shown, records) == shown
 
 
+def test_a_line_of_a_table_may_be_of_another_record(records: Path) -> None:
+    rows = (records / "one.csv").read_text()
+    (records / "two.csv").write_text(rows.replace(",0.5,", ",0.25,").replace("dcr demo", "other"))
+    text = (
+        "<!-- record one columns=name name=stl metric=refused as=.2f\n"
+        "here | set=bad\nthere | record=two set=bad\n-->\n<!-- /record -->\n"
+    )
+    shown = pages.rendered(text, records)
+    assert "| here | 0.50 [" in shown
+    assert "| there | 0.25 [" in shown
+    assert "*Records: [one](records/one.csv), [two](records/two.csv).*" in shown
+    assert pages.rendered(shown, records) == shown
+
+
 def test_a_table_without_its_record_is_left_out(records: Path) -> None:
     text = "<!-- record none columns=name name=a\nx | metric=refused\n-->{}<!-- /record -->"
     assert pages.rendered(text.format("\n| old |\n"), records) == text.format("\n")

@@ -10,6 +10,7 @@ import math
 import re
 import shlex
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def rendered(text: str, records: Path) -> str:
         head, *lines = asked.strip().split("\n")
         file = records / f"{name}.csv"
         if lines:
-            return f"{begins}\n{_table(read(file), head, lines) if file.is_file() else ''}{ends}"
+            return f"{begins}\n{_table(records, name, head, lines) if file.is_file() else ''}{ends}"
         if text[: mark.start()].rpartition("\n")[2] == "":
             raise ConfigError(f"{begins}: begins a line, where Markdown takes it for a block")
         found, how = _found(read(file), _words(head))
@@ -126,20 +127,32 @@ def _shown(rows: list[Row], how: str, ends: bool = False) -> str:
     return f"{over.estimate:{how}}{interval}"
 
 
-def _table(rows: list[Row], head: str, lines: list[str]) -> str:
-    """A Markdown table with a row for each line, and below it where its numbers come from."""
+def _table(records: Path, name: str, head: str, lines: list[str]) -> str:
+    """A Markdown table with a row for each line, and below it where its numbers come from.
+
+    A line may name another record than the table's.
+    """
     common = _words(head)
     key = common.pop("columns", "name")
     columns = [part.partition("=>")[::2] for part in common.pop(key, "").split(",")]
-    cells, used = [["", *(label or value for value, label in columns)]], list[Row]()
+    cells, used = [["", *(label or value for value, label in columns)]], dict[str, list[Row]]()
     for line in lines:
-        label, _, own = line.rpartition("|")
-        found = [_found(rows, common | _words(own) | {key: value}) for value, _ in columns]
+        label, _, words = line.rpartition("|")
+        own = _words(words)
+        record = own.pop("record", name)
+        rows = read(records / f"{record}.csv")
+        found = [_found(rows, common | own | {key: value}) for value, _ in columns]
         cells.append([label.strip(), *(_shown(of, how, ends=True) for of, how in found)])
-        used += [row for of, _ in found for row in of]
-    late = stale(used)
+        used.setdefault(record, []).extend(row for of, _ in found for row in of)
+    late = sorted({metric for of in used.values() for metric in stale(of)})
     told = f" **Stale**: what measures {', '.join(late)} has changed since." if late else ""
-    return f"\n{_lines(cells)}\n\n*{'; '.join(_origin(used))}.*{told}\n\n"
+    origin = "; ".join(_origin(used[name])) if {*used} == {name} else _linked(records, used)
+    return f"\n{_lines(cells)}\n\n*{origin}.*{told}\n\n"
+
+
+def _linked(records: Path, names: Iterable[str]) -> str:
+    links = [f"[{each}]({records.name}/{each}.csv)" for each in names]
+    return f"Records: {', '.join(links)}"
 
 
 def _list(records: Path) -> str:
