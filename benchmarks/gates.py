@@ -28,7 +28,7 @@ from sklearn.pipeline import make_pipeline, make_union
 from dcr.analyses import separability
 from dcr.core import models, prompts, sources
 from dcr.core.config import ModelConfig, Precision, resolving
-from dcr.core.models import Policy
+from dcr.core.models import Policy, folders, structure
 from dcr.core.runs import Run
 from dcr.frontier import arms, comparing
 from dcr.gating import classifier
@@ -67,7 +67,7 @@ def by_words() -> Gate:
 
 def states(policy: Policy, chat: prompts.ChatFormat, asked: Sequence[str]) -> torch.Tensor:
     """The last token's states at the probed block, [prompts, width]."""
-    block = round(len(models.decoder_blocks(policy.model)) * DEPTH)
+    block = round(len(structure.decoder_blocks(policy.model)) * DEPTH)
     encoded = [chat.prompt_ids(prompt) for prompt in asked]
     return vectors.read_states(policy.model, encoded, [[-1]] * len(encoded))[block - 1, :, 0]
 
@@ -157,10 +157,10 @@ def on_weights(run: Run, node: ModelConfig) -> dict[str, Gate]:
     for stage in ("contrastive", "sft"):
         if run.done(stage):
             place = run.stage(stage)
-            if models.is_adapter(place):
-                policy = models.open_adapter(place, Precision.fp32)
+            if folders.is_adapter(place):
+                policy = folders.open_adapter(place, Precision.fp32)
             else:
-                policy = models.open_folder(str(place), Precision.fp32)
+                policy = folders.open_folder(str(place), Precision.fp32)
             chat = prompts.chat_format(policy.tokenizer, node)
             found[f"probe after {stage}"] = by_probe(policy, chat)
     return found

@@ -29,9 +29,9 @@ from dcr import extensions
 from dcr.analyses import ntk
 from dcr.core import models, prompts
 from dcr.core.config import Stage
-from dcr.core.data import PairBatch, PromptBatch
+from dcr.core.data.module import PairBatch, PromptBatch
 from dcr.core.generation import continued
-from dcr.core.models import Policy
+from dcr.core.models import Policy, structure
 from dcr.core.training.contrastive import ContrastiveModule
 from dcr.core.training.resuming import adamw
 from dcr.core.training.sft import SFTModule
@@ -75,7 +75,7 @@ def stage(which: Stage, rows: int, length: int, width: int) -> Made:
         module: Any = ContrastiveModule(policy, cfg.dcr, 2, 1)
     else:
         batch = PairBatch(ids, mask, targets, torch.zeros(rows, dtype=torch.bool), names)
-        adapted = models.add_lora(policy.model.bfloat16(), cfg.sft.lora, 0)
+        adapted = structure.add_lora(policy.model.bfloat16(), cfg.sft.lora, 0)
         module = SFTModule(Policy(adapted, policy.tokenizer, "random"), cfg.sft, 1)
     optimizer = adamw(module, 1e-4, 0.01, lambda _: 1.0)["optimizer"]
 
@@ -99,7 +99,7 @@ def generation(rows: int, length: int, width: int) -> Made:
     cfg, policy = opened(width)
     chat = replace(prompts.chat_format(policy.tokenizer, cfg.model), stop=(VOCABULARY - 1,))
     asked = torch.randint(0, VOCABULARY - 1, (rows, length)).tolist()
-    blocks = sum(weight.numel() for weight in models.decoder_blocks(policy.model).parameters())
+    blocks = sum(weight.numel() for weight in structure.decoder_blocks(policy.model).parameters())
     flops = 2 * rows * (blocks * (length + NEW - 1) + NEW * VOCABULARY * width)
 
     def step() -> None:
@@ -112,7 +112,7 @@ def kernel(rows: int, length: int, width: int) -> Made:
     _, policy = opened(width)
     asked = torch.randint(0, VOCABULARY, (rows, length)).tolist()
     settings = ntk.Settings(params=f"tail:{DEPTH}", head=False, top_k=TOP, batch_size=8)
-    blocks = sum(weight.numel() for weight in models.decoder_blocks(policy.model).parameters())
+    blocks = sum(weight.numel() for weight in structure.decoder_blocks(policy.model).parameters())
     products = rows**2 * TOP * length * (length + TOP) * width * 7 * DEPTH
     flops = 2 * rows * length * blocks * (1 + 2 * TOP) + 2 * products
     return (lambda: ntk.measure(policy.model, asked, settings)), flops

@@ -34,7 +34,7 @@ import training
 from dcr import extensions
 from dcr.core import storage
 from dcr.core.config import Stage, TrainConfig
-from dcr.core.data import pair_batch
+from dcr.core.data.module import pair_batch
 from dcr.core.training import callbacks
 from dcr.core.training.sft import SFTModule
 

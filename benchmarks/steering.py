@@ -33,7 +33,7 @@ from dcr import extensions
 from dcr.core import cli, generation, models, prompts, refusal, sources
 from dcr.core.config import Kind, Precision, resolving
 from dcr.core.config.evaluation import GenConfig
-from dcr.core.models import Policy
+from dcr.core.models import Policy, folders, structure
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
 from dcr.core.sources import Example
@@ -100,7 +100,7 @@ def counted(model: Any) -> Iterator[list[int]]:
         seen[0] += 1
         seen[1] += stream.shape[0] * stream.shape[1]
 
-    handle = models.decoder_blocks(model)[0].register_forward_pre_hook(count, with_kwargs=True)
+    handle = structure.decoder_blocks(model)[0].register_forward_pre_hook(count, with_kwargs=True)
     try:
         yield seen
     finally:
@@ -177,7 +177,7 @@ def extracted(options: dict[str, str]) -> Table:
     run = Run(Path(options["run"]))
     sets = ["data=paper", f"data.root={options['root']}"] if options["root"] else ["data=demo"]
     settings = settings_of(f"model={options['model']}", *sets)
-    policy = models.open_adapter(run.stage("sft"), Precision.bf16)
+    policy = folders.open_adapter(run.stage("sft"), Precision.bf16)
     model = resolving.model_of(run.config(), trust_remote_code=False)
     chat = prompts.chat_format(policy.tokenizer, model)
     table = Table("vectors of", "seconds", "what was found", title=f"extraction on {run.folder}")

@@ -26,7 +26,9 @@ from rich.table import Table
 from dcr import extensions
 from dcr.core import cli, data, models, prompts
 from dcr.core.config import Stage, TrainConfig, resolving
-from dcr.core.models import Policy
+from dcr.core.data.module import pair_batch
+from dcr.core.data.rows import StageRows, micro_batches
+from dcr.core.models import Policy, structure
 from dcr.core.prompts import IGNORED, ChatFormat
 from dcr.core.training.sft import SFTModule
 from dcr.extensions import TrainSettings
@@ -71,7 +73,7 @@ def step_seconds(
 ) -> tuple[float, float]:
     """Mean seconds and tokens of an optimiser step of SFT."""
     rows = data.split(settings.data, None, settings.seed, False)
-    batches = data.StageRows(Stage.sft, rows, chat, settings)
+    batches = StageRows(Stage.sft, rows, chat, settings)
     module = SFTModule(policy, settings.sft, total_steps=steps)
     moved = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(moved, lr=settings.sft.lr)
@@ -82,8 +84,8 @@ def step_seconds(
         chosen = list(batches.sampler)[index % len(batches.sampler)]
         batch = [batches.pairs[i] for i in chosen]
         micros = [
-            data.pair_batch(group, batches.pad)
-            for group in data.micro_batches(batch, settings.sft.micro_tokens)
+            pair_batch(group, batches.pad)
+            for group in micro_batches(batch, settings.sft.micro_tokens)
         ]
         learnt = sum(int((micro.targets != IGNORED).sum()) for micro in micros)
         for micro in micros:
@@ -121,7 +123,7 @@ def main() -> None:
     settings = settings_of(options)
     policy = models.open_policy(settings.model, settings.sft.precision)
     chat = prompts.chat_format(policy.tokenizer, settings.model)
-    adapted = models.add_lora(policy.model, settings.sft.lora, settings.seed)
+    adapted = structure.add_lora(policy.model, settings.sft.lora, settings.seed)
     policy = Policy(adapted, policy.tokenizer, policy.name)
     step, tokens = step_seconds(settings, policy, chat, int(options["steps"]))
     measured = measuring_seconds(settings, policy, chat)

@@ -31,7 +31,9 @@ from rich.table import Table
 from dcr import extensions
 from dcr.core import cli, config, data, losses, models, passes, prompts
 from dcr.core.config import Stage, TrainConfig, resolving
-from dcr.core.models import Policy
+from dcr.core.data.module import pair_batch, prompt_batch
+from dcr.core.data.rows import StageRows, micro_batches
+from dcr.core.models import Policy, structure
 from dcr.core.training.contrastive import ContrastiveModule
 from dcr.core.training.resuming import adamw
 from dcr.core.training.sft import SFTModule
@@ -60,17 +62,17 @@ def settings(model: str, *overrides: str) -> TrainConfig:
 
 
 @contextmanager
-def opened(cfg: TrainConfig, stage: Stage) -> Iterator[tuple[Policy, data.StageRows]]:
+def opened(cfg: TrainConfig, stage: Stage) -> Iterator[tuple[Policy, StageRows]]:
     """A fresh policy in training mode and the rows of a stage."""
     precision = (cfg.dcr if stage is Stage.contrastive else cfg.sft).precision
     policy = models.open_policy(cfg.model, precision)
     chat = prompts.chat_format(policy.tokenizer, cfg.model)
     if stage is Stage.sft:
-        adapted = models.add_lora(policy.model, cfg.sft.lora, cfg.seed)
+        adapted = structure.add_lora(policy.model, cfg.sft.lora, cfg.seed)
         policy = Policy(adapted, policy.tokenizer, policy.name)
     rows = data.split(cfg.data, cfg.dcr.ratio, cfg.seed, True)
     policy.model.train()
-    yield policy, data.StageRows(stage, rows, chat, cfg)
+    yield policy, StageRows(stage, rows, chat, cfg)
 
 
 def plain_sft(cfg: TrainConfig, steps: int) -> dict[str, float]:
@@ -82,7 +84,7 @@ def plain_sft(cfg: TrainConfig, steps: int) -> dict[str, float]:
             batch, summed, labelled = [rows.pairs[i] for i in chosen[index]], 0.0, 0
             groups = [batch[i : i + MICRO_ROWS] for i in range(0, len(batch), MICRO_ROWS)]
             for group in groups:
-                micro = data.pair_batch(group, rows.pad)
+                micro = pair_batch(group, rows.pad)
                 # transformers shifts labels itself: position t holds the label of token t
                 labels = torch.full_like(micro.targets, prompts.IGNORED)
                 labels[:, 1:] = micro.targets[:, :-1]
@@ -106,8 +108,8 @@ def ours_sft(cfg: TrainConfig, steps: int) -> dict[str, float]:
 
         def step(index: int) -> tuple[int, float]:
             batch, loss = [rows.pairs[i] for i in chosen[index]], 0.0
-            groups = data.micro_batches(batch, cfg.sft.micro_tokens)
-            micros = [data.pair_batch(group, rows.pad) for group in groups]
+            groups = micro_batches(batch, cfg.sft.micro_tokens)
+            micros = [pair_batch(group, rows.pad) for group in groups]
             tokens = sum(int((micro.targets != prompts.IGNORED).sum()) for micro in micros)
             for micro in micros:
                 with torch.autocast("cpu", torch.bfloat16):
@@ -125,11 +127,11 @@ def plain_contrastive(cfg: TrainConfig, steps: int) -> dict[str, float]:
     with opened(cfg, Stage.contrastive) as (policy, rows):
         model, chosen = policy.model, row_lists(rows, steps)
         block = config.block_of(cfg.dcr, models.facts(cfg.model).depth)
-        models.freeze_beyond(model, block, cfg.dcr.train_embeddings)
+        structure.freeze_beyond(model, block, cfg.dcr.train_embeddings)
         optimizer = _adamw(model, cfg.dcr.optim.lr)
 
         def step(index: int) -> tuple[int, float]:
-            batch = data.prompt_batch([rows.prompts[i] for i in chosen[index]], rows.pad)
+            batch = prompt_batch([rows.prompts[i] for i in chosen[index]], rows.pad)
             anchored = cfg.dcr.nll.weight > 0
             labels = torch.where(batch.mask, batch.ids, prompts.IGNORED) if anchored else None
             with torch.autocast("cpu", torch.bfloat16):
@@ -160,7 +162,7 @@ def ours_contrastive(cfg: TrainConfig, steps: int) -> dict[str, float]:
         optimizer = adamw(policy.model, cfg.dcr.optim.lr, DECAY, lambda _: 1.0)["optimizer"]
 
         def step(index: int) -> tuple[int, float]:
-            batch = data.prompt_batch([rows.prompts[i] for i in chosen[index]], rows.pad)
+            batch = prompt_batch([rows.prompts[i] for i in chosen[index]], rows.pad)
             with torch.autocast("cpu", torch.bfloat16):
                 features, nll = module.features_and_nll(batch)
                 circle, _ = module.circle(features, batch.labels)
@@ -187,13 +189,13 @@ def head_values() -> None:
     """The head's NLL equals transformers' own on one batch, or the comparison means nothing."""
     policy = models.open_policy(settings("tiny").model, config.Precision.fp32)
     ids = torch.randint(4, 250, (2, 12))
-    hidden = models.backbone(policy.model)(input_ids=ids).last_hidden_state
+    hidden = structure.backbone(policy.model)(input_ids=ids).last_hidden_state
     labelled = {"hidden": hidden[:, :-1].flatten(0, 1), "targets": ids[:, 1:].flatten()}
-    total, _ = frozen.token_nll(**labelled, **models.readout(policy.model))
+    total, _ = frozen.token_nll(**labelled, **structure.readout(policy.model))
     torch.testing.assert_close(total / 22, policy.model(ids, labels=ids).loss)
 
 
-def row_lists(rows: data.StageRows, steps: int) -> list[list[int]]:
+def row_lists(rows: StageRows, steps: int) -> list[list[int]]:
     found: list[list[int]] = []
     for epoch in range(steps):
         rows.sampler.set_epoch(epoch)

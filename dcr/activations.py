@@ -15,8 +15,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dcr.core import models, passes
+from dcr.core import passes
 from dcr.core.config import ConfigError
+from dcr.core.models import structure
 
 
 class Site(Enum):
@@ -49,7 +50,7 @@ def hook(model: Any, site: Site, block: int, change: Change) -> RemovableHandle:
     A result of None leaves the tensor. `block` counts from 1. Raises ConfigError if a block has no
     such part.
     """
-    module: nn.Module = models.decoder_blocks(model)[block - 1]
+    module: nn.Module = structure.decoder_blocks(model)[block - 1]
     if site is Site.block_input:
         return module.register_forward_pre_hook(_on_input(change), with_kwargs=True)
     if site in PARTS:
@@ -83,7 +84,7 @@ def _on_output(change: Change) -> Callable[..., Any]:
 
 def _part(model: Any, block: nn.Module, site: Site) -> nn.Module:
     parts = [child for name, child in block.named_children() if name in PARTS[site]]
-    kind = type(models.unwrapped(model)).__name__
+    kind = type(structure.unwrapped(model)).__name__
     if len(parts) != 1:
         raise ConfigError(
             f"model.name: a block of {kind} has {len(parts)} parts named "
@@ -111,7 +112,7 @@ def states(
     `until` None reads all blocks. One forward pass without gradient ends at block `until` and
     computes no logits. The states are fp32 on the device of the ids.
     """
-    last = until or len(models.decoder_blocks(model))
+    last = until or len(structure.decoder_blocks(model))
     by_block: list[Tensor] = []
     rows = torch.arange(len(ids))[:, None]
 
@@ -122,7 +123,7 @@ def states(
     with ExitStack() as stack, torch.no_grad():
         for block in range(1, last + 1):
             stack.callback(hook(model, site, block, take).remove)
-        trunk = models.trunk(model, last)
+        trunk = structure.trunk(model, last)
         # the first token of each row is at position 0 however it is padded
         placed = passes.placed(trunk, passes.positions(mask))
         trunk(input_ids=ids, attention_mask=mask.long(), use_cache=False, **placed)

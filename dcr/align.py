@@ -17,7 +17,7 @@ from typing import Annotated
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from dcr import choice, entry, export, extensions, inference, report, study
+from dcr import entry, export, extensions, inference, study
 from dcr import eval as evaluation
 from dcr.core import config, machine, refusal, storage
 from dcr.core.config import DataConfig, DataError, Kind, Stage, TrainConfig
@@ -79,6 +79,8 @@ def _aligned(
     out: Path, base: Job, dcr: Job, training: Sequence[str], evaluating: Sequence[str]
 ) -> Path:
     """Do all parts in order and write the page with the reasons; returns the export's folder."""
+    from dcr.report import building  # help and a slip need no drawing library
+
     study.do_all(base.parts())
     stl, notes = _safe(out, base, training, evaluating)
     settings = _training(dcr)
@@ -100,7 +102,7 @@ def _aligned(
         at_equal_safety = replace(job, evaluations=(*job.evaluations, *more))
         study.do_all((job if job is stl else at_equal_safety).parts())
     folders = [job.run.folder for job in (base, stl, dcr)]
-    print(report.build(folders, out / "align.html", ["discernment"], notes=[*notes, why]))
+    print(building.build(folders, out / "align.html", ["discernment"], notes=[*notes, why]))
     trusted = settings.model.trust_remote_code
     written = functools.partial(
         export.export, dcr.run, target, calibrate=safe, trust_remote_code=trusted
@@ -120,10 +122,12 @@ def elsewhere(data: DataConfig) -> bool:
 
 def _choose(settings: TrainConfig, file: Path) -> None:
     """Choose block and sources; the block alone where the sources are a user's own files."""
+    from dcr.choice.transfer import choose  # with torch, for which help does not wait
+
     named = {*settings.data.seemingly_toxic.source, *settings.data.toxic.source}
     candidates = None if named <= SOURCES.keys() else "none"
     settings, _ = machine.of_training(settings)
-    storage.write_json(file, choice.choose(settings, pairs=candidates).record())
+    storage.write_json(file, choose(settings, pairs=candidates).record())
 
 
 class Estimate(TypedDict):
@@ -138,7 +142,7 @@ class Pair(TypedDict):
 
 
 class Chosen(TypedDict):
-    """The part of `choice-….json` that is used, see `choice.Choice.record`."""
+    """The part of `choice-….json` that is used, see `choice.transfer.Choice.record`."""
 
     pairs: Annotated[list[Pair], Field(min_length=1)]
     common_tests: list[str]

@@ -60,9 +60,9 @@ class Dialogue:
         The oldest exchanges are dropped while it does not fit the model's context. Raises
         ConfigError when not even the last message fits.
         """
-        from dcr.core import models
+        from dcr.core.models import structure
 
-        room = models.context_length(self.policy.model.config) - self.max_new_tokens
+        room = structure.context_length(self.policy.model.config) - self.max_new_tokens
         turns = self.turns
         while len(ids := self._encoded(turns)) > room:
             if len(turns) < 3:
@@ -186,6 +186,7 @@ def open_stage(
     if stage != "base" and not run.done(stage):
         raise ConfigError(f"run={run.folder}: stage {stage} is not done there; train it first")
     from dcr.core import models
+    from dcr.core.models import folders
 
     arithmetic = machine.settled({"evaluation": asked}, recorded=run.precisions())
     arithmetic.say()
@@ -194,9 +195,9 @@ def open_stage(
         policy = models.open_policy(model, found)
     else:
         # an impossible template is refused before weights are read
-        prompts.chat_format(models.result_tokenizer(run.stage(stage), trust_remote_code), model)
+        prompts.chat_format(folders.result_tokenizer(run.stage(stage), trust_remote_code), model)
         held = model.quantization
-        policy = models.open_result(run.stage(stage), found, trust_remote_code, held)
+        policy = folders.open_result(run.stage(stage), found, trust_remote_code, held)
     return policy, model, arithmetic.told
 
 

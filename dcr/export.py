@@ -157,16 +157,17 @@ def export(
     from dcr import results, serving
     from dcr.calibration import biases
     from dcr.core import models
+    from dcr.core.models import folders, structure
 
     if calibrate is not None:
         biases.check(settings, made_with)
     machine.use_threads()
     # evaluations and a template that cannot be are told before weights are read
     evaluated(run, stage, None)
-    prompts.chat_format(models.result_tokenizer(run.stage(stage), trust_remote_code), model)
-    policy = models.open_result(run.stage(stage), Precision.fp32, trust_remote_code)
+    prompts.chat_format(folders.result_tokenizer(run.stage(stage), trust_remote_code), model)
+    policy = folders.open_result(run.stage(stage), Precision.fp32, trust_remote_code)
     chat = prompts.chat_format(policy.tokenizer, model)
-    narrow = models.is_quantised(policy.model)
+    narrow = structure.is_quantised(policy.model)
     lost = _put_in_full(policy, chat, settings, run.stage(stage)) if narrow else None
     if isinstance(policy.model, PeftModel):
         policy = models.Policy(policy.model.merge_and_unload(), policy.tokenizer, policy.name)
@@ -244,13 +245,13 @@ def _put_in_full(
 
     Returns how far each of its layers is from the base's own, and the first logits before.
     """
-    from dcr.core import models
+    from dcr.core.models import folders, structure
 
-    whole = models.open_base(folder, settings.model.trust_remote_code)
-    errors = models.rounding_errors(policy.model, whole)
+    whole = folders.open_base(folder, settings.model.trust_remote_code)
+    errors = structure.rounding_errors(policy.model, whole)
     del whole
     before = _first_logits(policy, chat, settings)
-    models.dequantise(policy.model)
+    structure.dequantise(policy.model)
     return errors, before
 
 

@@ -138,7 +138,7 @@ class TrainSettings(TrainConfig):
         rows={"stl_aug": "dcr.stl_aug:added"},
         examining="dcr.balance:examined",
         opening="dcr.openings:opened",
-        best_layer="dcr.choice:best_layer",
+        best_layer="dcr.choice.transfer:best_layer",
         watching=Part(
             "dcr.tracking.curves:watching",
             lambda of: bool(of.tracking.quantities or of.tracking.snapshots),

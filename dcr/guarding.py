@@ -29,6 +29,7 @@ from transformers import (
 
 from dcr.core import models, passes, prompts, sources, storage
 from dcr.core.config import ConfigError, Kind, ModelConfig
+from dcr.core.models import structure
 from dcr.core.training.readout import drift
 
 SOURCES = {Kind.toxic: "contrasts_toxic", Kind.seemingly_toxic: "contrasts_seemingly_toxic"}
@@ -156,12 +157,12 @@ class KeepRefusals(TrainerCallback):
         self, model: Any, ids: Tensor, mask: Tensor
     ) -> Float[Tensor, "rows tokens vocabulary"]:
         """The logits of the first answer tokens, in fp32, of rows padded on the left."""
-        inner = models.unwrapped(model)
+        inner = structure.unwrapped(model)
         device = inner.device
         options: dict[str, Any] = passes.placed(inner, passes.positions(mask).to(device))
         if "logits_to_keep" in inspect.signature(inner.forward).parameters:
             options["logits_to_keep"] = self.tokens
-        with models.contiguous_head(inner):
+        with structure.contiguous_head(inner):
             output = model(
                 input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, **options
             )

@@ -47,17 +47,18 @@ def main(options: Options) -> None:
     folder, settings = options.model, _settings(options)
     from dcr.calibration import biases
     from dcr.core import models
+    from dcr.core.models import folders, structure
 
     biases.check(settings, {"method": "base"})
     machine.use_threads()
-    if models.is_adapter(folder):
-        policy = models.open_adapter(folder, settings.precision, options.trust_remote_code)
+    if folders.is_adapter(folder):
+        policy = folders.open_adapter(folder, settings.precision, options.trust_remote_code)
     else:
         policy = models.open_policy(settings.model, settings.precision)
     machine.to_gpu(policy.model, "auto")
     chat = prompts.chat_format(policy.tokenizer, settings.model)
     bias, record = biases.calibrated(policy, chat, settings)
-    decoding = models.unwrapped(policy.model).generation_config
+    decoding = structure.unwrapped(policy.model).generation_config
     decoding.sequence_bias = bias.sequences
     if decoding.do_sample:
         log.warning("%s samples; the share holds for greedy decoding", folder / FILE)

@@ -26,7 +26,7 @@ from dcr.core.evaluation import sets
 from dcr.core.evaluation.protocols import Task, Work
 from dcr.core.evaluation.sets import PromptSet
 from dcr.core.generation import Completion
-from dcr.core.models import Policy
+from dcr.core.models import Policy, structure
 from dcr.core.prompts import IGNORED
 from dcr.core.runs import Run
 from dcr.core.sources import Example
@@ -127,7 +127,7 @@ def log_p(policy: Policy, answer: str, prompts: Sequence[str]) -> Float[Tensor, 
     asked = [ids(f" {prompt}")[:PROMPT] for prompt in prompts]
     rows = [before + prompt for prompt in asked]
     targets = [[IGNORED] * (len(before) - 1) + prompt + [IGNORED] for prompt in asked]
-    device = models.unwrapped(policy.model).device
+    device = structure.unwrapped(policy.model).device
     nll = passes.current().nll(
         policy.model,
         passes.padded(rows, 0).to(device),

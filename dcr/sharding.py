@@ -27,7 +27,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from dcr.core import models, storage
+from dcr.core import storage
+from dcr.core.models import structure
 
 REST = "rest.ckpt"  # of a checkpoint's folder: all but the tensors that are sharded
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, of each trainable weight
@@ -62,10 +63,10 @@ def split(model: Any, mesh: DeviceMesh) -> None:
     The other weights, such as a tied matrix and the final norm, are frozen (`freeze_beyond`, LoRA)
     and stay whole on every device.
     """
-    embeddings, output = model.get_input_embeddings(), models.head(model)
-    owner = models.backbone(model)
+    embeddings, output = model.get_input_embeddings(), structure.head(model)
+    owner = structure.backbone(model)
     untied = [] if output.weight is embeddings.weight else [embeddings, output]
-    for module in (*models.decoder_blocks(model), *untied):
+    for module in (*structure.decoder_blocks(model), *untied):
         fully_shard(module, mesh=mesh)
     whole_weights = {weight for weight in owner.parameters() if not isinstance(weight, DTensor)}
     # sharding the root lets one block's gathering overlap the computation of the previous block
@@ -140,7 +141,7 @@ def read(checkpoint: Path, module: nn.Module) -> dict[str, Any]:
 
 def alike(checkpoint: dict[str, Any], module: nn.Module) -> dict[str, Any]:
     """A whole checkpoint, its tensors sharded as the module's weights are."""
-    for _, home, key, weight in homes(checkpoint, module) if models.is_sharded(module) else ():
+    for _, home, key, weight in homes(checkpoint, module) if structure.is_sharded(module) else ():
         if isinstance(weight, DTensor):
             home[key] = distribute_tensor(
                 home[key].to(weight.device),

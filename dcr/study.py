@@ -25,7 +25,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from dcr import adopting, entry, extensions, plan, report
+from dcr import adopting, entry, extensions, plan
 from dcr import eval as evaluation
 from dcr.adopting import NAMES
 from dcr.core import cli, config, ending, machine, prompts, runs, storage
@@ -333,11 +333,11 @@ def _seconds(run: Run) -> dict[str, float]:
 
 def _evaluated(settings: EvalSettings, run: Run) -> str:
     """A fingerprint of the weights and of the settings that they are evaluated with."""
-    from dcr.core import models
     from dcr.core.evaluation import subjects
+    from dcr.core.models import folders
 
     subject = subjects.subjects(settings, run)[0]
-    weights = models.weights_fingerprint(subject.source) if subject.source else subject.weights
+    weights = folders.weights_fingerprint(subject.source) if subject.source else subject.weights
     free = ("run", "output", "trainer", "wandb")
     made_with = {key: value for key, value in config.plain(settings).items() if key not in free}
     return storage.fingerprint([weights, made_with])
@@ -444,6 +444,8 @@ def write_page(planned: Sequence[Job], failed: dict[str, str], page: Path, table
     Its notes say which jobs failed and which took over stage one. A job whose files are damaged is
     left out and added to `failed`.
     """
+    from dcr.report import building  # help and a slip need no drawing library
+
     shown = [job for job in planned if any(job.run.folder.glob("eval/*/metrics.json"))]
     while shown:
         try:
@@ -454,8 +456,8 @@ def write_page(planned: Sequence[Job], failed: dict[str, str], page: Path, table
                     for stage, donor in adopting.adopted(job.run).items()
                 ]
                 notes += [f"failed: {job}: {why}" for job, why in failed.items()]
-                folders = [job.run.folder for job in shown]
-                text = report.build(folders, page, [table], notes=notes)
+                places = [job.run.folder for job in shown]
+                text = building.build(places, page, [table], notes=notes)
         except UserError as fault:
             damaged = next((job for job in shown if str(job.run.folder) in str(fault)), None)
             if damaged is None:

@@ -9,13 +9,12 @@ from dataclasses import replace
 
 from lightning.pytorch.utilities import rank_zero_only
 
-from dcr.core import config, data, extending, machine, models, runs, storage
+from dcr.core import config, data, extending, machine, models, runs, storage, training
 from dcr.core.config import ConfigError, Method, NLLSource, Stage, TrainConfig
 from dcr.core.data import Splits
 from dcr.core.runs import Run
 from dcr.core.storage import Lease
-from dcr.core.training import Examine, Show, Watch, callbacks, stages
-from dcr.core.training.stages import Job
+from dcr.core.training import Examine, Job, Show, Watch, callbacks
 
 log = logging.getLogger(__name__)
 
@@ -54,9 +53,9 @@ def train(settings: TrainConfig, run: Run) -> None:
             if run.done(stage.value):
                 log.info("%s: done in %s, skipped", stage.value, run.stage(stage.value))
                 # left by a kill right after the result was saved
-                stages.forget_checkpoints(run, stage)
+                training.forget_checkpoints(run, stage)
             else:
-                stages.TRAIN[stage](job)
+                training.TRAIN[stage](job)
             if shown:
                 shown(stage.value)
     if _leads():
@@ -70,7 +69,7 @@ def checked(settings: TrainConfig, run: Run) -> Splits:
     wanted = config.stages_of(settings)
     rows = data.rows_of(settings)
     _check_input(settings, run, wanted, rows)
-    stages.check(settings, rows, [stage for stage in wanted if not run.done(stage.value)])
+    training.check(settings, rows, [stage for stage in wanted if not run.done(stage.value)])
     return rows
 
 

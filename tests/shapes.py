@@ -19,7 +19,7 @@ from transformers import (
 
 from dcr.core import models, prompts
 from dcr.core.config import LoraConfig, ModelConfig
-from dcr.core.models import Policy
+from dcr.core.models import Policy, structure
 from dcr.core.prompts import ChatFormat
 
 TINY: dict[str, Any] = {
@@ -130,7 +130,7 @@ def unevenly_set(model: Any) -> Callable[[], None]:
     Nor may a gradient or a hook be left.
     """
     model.train()
-    models.decoder_blocks(model)[0].eval()
+    structure.decoder_blocks(model)[0].eval()
     for index, parameter in enumerate(model.parameters()):
         parameter.requires_grad_(index % 2 == 0)
     weights = {name: value.clone() for name, value in model.state_dict().items()}
@@ -150,7 +150,7 @@ def unevenly_set(model: Any) -> Callable[[], None]:
 def adapted(model: Any) -> PeftModel:
     """With a LoRA adapter that does something."""
     config = LoraConfig(rank=2, alpha=4, dropout=0.5, targets=["all-linear"])
-    found: Any = models.add_lora(model, config, seed=0).to(next(model.parameters()).dtype)
+    found: Any = structure.add_lora(model, config, seed=0).to(next(model.parameters()).dtype)
     chance = torch.Generator().manual_seed(0)
     for name, parameter in found.named_parameters():
         if "lora_B" in name:

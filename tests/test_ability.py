@@ -20,9 +20,8 @@ from lm_eval.tasks import TaskManager
 from dcr.ability import AbilityConfig, questions
 from dcr.ability import scores as module
 from dcr.ability.scores import ability, check
-from dcr.core import models
 from dcr.core.config import ConfigError, DataError, LoraConfig
-from dcr.core.models import Policy
+from dcr.core.models import Policy, structure
 from tests.tiny_run import DATA, real, write_jsonl
 
 THEIRS = Path(lm_eval.__file__).parent / "tasks"
@@ -277,7 +276,7 @@ def test_the_adapter_counts(policy: Policy, whole_root: Path, tmp_path: Path) ->
     settings = AbilityConfig(tasks=["openbookqa"])
     ability(policy, settings, str(whole_root), tmp_path / "bare", 0, False)
     lora = LoraConfig(rank=2, alpha=4, dropout=0.5, targets=["q_proj", "v_proj"])
-    adapted = models.add_lora(policy.model, lora, seed=0)
+    adapted = structure.add_lora(policy.model, lora, seed=0)
     for name, weight in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.5)

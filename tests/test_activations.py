@@ -11,8 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dcr import activations
 from dcr.activations import Site
-from dcr.core import models, passes
+from dcr.core import passes
 from dcr.core.config import ConfigError, LoraConfig
+from dcr.core.models import structure
 from dcr.steering import edits as editing
 from tests.shapes import SHAPE, generated, made
 from tests.tiny_run import failing
@@ -86,7 +87,7 @@ def by_hand(model: Any, ids: Tensor, edit: Callable[[Site, int, Tensor], Tensor]
         body = model.gpt_neox if kind == "gpt_neox" else model.model
         h = body.embed_in(ids[None]) if kind == "gpt_neox" else body.embed_tokens(ids[None])
         turned = {"position_embeddings": body.rotary_emb(h, places)}
-    for number, block in enumerate(models.decoder_blocks(model), 1):
+    for number, block in enumerate(structure.decoder_blocks(model), 1):
         first, second, attend, mlp = parts(kind, block)
         h = edit(Site.block_input, number, h)
         a = attend(first(h), attention_mask=None, **turned)[0]
@@ -95,7 +96,7 @@ def by_hand(model: Any, ids: Tensor, edit: Callable[[Site, int, Tensor], Tensor]
         m = edit(Site.mlp_output, number, mlp(second(between)))
         h = edit(Site.block_output, number, between + m + (a if kind == "gpt_neox" else 0))
     final = {"gpt2": "ln_f", "gpt_neox": "final_layer_norm"}.get(kind, "norm")
-    return models.head(model)(getattr(body, final)(h))[0]
+    return structure.head(model)(getattr(body, final)(h))[0]
 
 
 def parts(kind: str, block: Any) -> tuple[Any, Any, Any, Any]:
@@ -264,7 +265,7 @@ def test_a_plan_sees_each_prefill_and_its_own_passes_are_plain(model: Any) -> No
 
 @torch.no_grad()
 def test_edits_reach_an_adapted_model(model: Any) -> None:
-    adapted = models.add_lora(model, LoraConfig(targets=["q_proj"]), seed=0)
+    adapted = structure.add_lora(model, LoraConfig(targets=["q_proj"]), seed=0)
     plain = model(input_ids=ROW[None]).logits
 
     def plan(_ids: Tensor, _mask: Tensor | None) -> list[editing.Edit]:

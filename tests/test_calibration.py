@@ -16,18 +16,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dcr import eval as eval_entry
-from dcr import export, report, train
+from dcr import export, train
 from dcr.calibration import biases as calibration
 from dcr.calibration.biases import Beginnings
 from dcr.core import cli, config, generation, models, prompts, refusal, storage
 from dcr.core.config import ConfigError, EvaluationSets, LoraConfig, ModelConfig, Precision
 from dcr.core.evaluation import metrics, subjects
 from dcr.core.generation import OpeningBias
-from dcr.core.models import Policy
+from dcr.core.models import Policy, folders, structure
 from dcr.core.runs import Run
 from dcr.core.sources import Example, read
 from dcr.extensions import EvalSettings
 from dcr.frontier import answers as frontier
+from dcr.report import building
 from tests import test_eval, tiny_run
 from tests.shapes import greedy, next_logits
 
@@ -265,7 +266,7 @@ def test_another_bias_never_reuses_answers(tmp_path: Path, monkeypatch: pytest.M
     assert [of["refused"] for of in toxic] == [36, 108], "of 119: at least 30 and 90%"
     assert toxic[0]["plain"] == toxic[1]["plain"]
     assert {found["settings"]["calibrate"] for found in measured(run)} == {"0.3", "0.9"}
-    text = report.build([run.folder], tmp_path / "page.html")
+    text = building.build([run.folder], tmp_path / "page.html")
     assert "calibrated" in text
     assert "did not finish" not in text, "the folder that both were chosen in was never answered"
     monkeypatch.setattr(subjects, "opened", None)  # everything is stored, also where the bias acts
@@ -276,12 +277,12 @@ def test_another_bias_never_reuses_answers(tmp_path: Path, monkeypatch: pytest.M
 def test_a_run_can_be_the_target(tmp_path: Path) -> None:
     settings, run = resolved(tmp_path, "calibrate=0.6")
     reference = Run(tmp_path / "stl")
-    models.save_full(models.random_policy(settings.model, 5), reference.stage("contrastive"))
+    folders.save_full(models.random_policy(settings.model, 5), reference.stage("contrastive"))
     made = {"method": "dcr", "seed": 0, "preset_name": "-", "dcr": {}, "sft": {}}
     made |= {"model": config.plain(settings.model), "data": {"toxic": {"source": ["harmfulqa"]}}}
     reference.config_file.write_text(yaml.safe_dump(made))
     settings, run = resolved(tmp_path, f"calibrate={reference.folder}")
-    policy = models.open_folder(str(reference.stage("contrastive")), Precision.fp32)
+    policy = folders.open_folder(str(reference.stage("contrastive")), Precision.fp32)
     chat = prompts.chat_format(policy.tokenizer, settings.model)
     rows = read("contrasts_toxic_heldout")
     forks = [f for batch in calibration.beginnings(policy, chat, rows, 3) for f in batch]
@@ -414,15 +415,15 @@ def test_a_tuned_folder_gets_a_bias_of_its_own_for_the_share(
     kind: str, command: Any, policy: Policy, tmp_path: Path
 ) -> None:
     base, folder = tmp_path / "base", tmp_path / kind
-    models.save_full(policy, base)
+    folders.save_full(policy, base)
     (base / storage.CHECKSUMS).unlink()  # as a user's own
     if kind == "adapter":
         opened = models.open_policy(ModelConfig(name=str(base)), Precision.fp32)
-        tuned = models.add_lora(opened.model, LoraConfig(targets=["q_proj"]), 0)
+        tuned = structure.add_lora(opened.model, LoraConfig(targets=["q_proj"]), 0)
         with torch.no_grad():
             for name, weight in tuned.named_parameters():
                 weight.add_(0.05 * ("lora_B" in name))
-        models.save_adapter(replace(opened, model=tuned), folder, base)
+        folders.save_adapter(replace(opened, model=tuned), folder, base)
     else:
         folder = base
     words = [f"model={folder}", "calibrate=0.4", "precision=fp32"]
@@ -430,13 +431,13 @@ def test_a_tuned_folder_gets_a_bias_of_its_own_for_the_share(
     if kind == "adapter":
         assert "is a run's own" in ended.error
         (folder / storage.CHECKSUMS).unlink()
-        (folder / models.ORIGIN_FILE).unlink()
+        (folder / folders.ORIGIN_FILE).unlink()
         ended = command("dcr.recalibration", *words)
     assert ended.code == 0, ended.err
     written = json.loads((folder / "generation_config.json").read_text())["sequence_bias"]
     record = json.loads((folder / "calibration.json").read_text())
     assert {bias for _, bias in written} == {record["bias"]}
-    opened = models.open_result(folder, Precision.fp32) if kind == "adapter" else policy
+    opened = folders.open_result(folder, Precision.fp32) if kind == "adapter" else policy
     chat = prompts.chat_format(opened.tokenizer, ModelConfig(name=str(folder)))
     forks = [
         fork

@@ -14,10 +14,9 @@ from sklearn.metrics import roc_auc_score
 from tiny_run import settings, write_jsonl
 from torch import Tensor
 
-from dcr import choice
 from dcr.analyses import separability
 from dcr.analyses.separability import linear_probe
-from dcr.choice import origins
+from dcr.choice import origins, transfer
 from dcr.choice.__main__ import describe, main
 from dcr.choice.origins import Material, Pair
 from dcr.choice.transfer import Choice, mean, ranked
@@ -31,7 +30,7 @@ from dcr.core.config import (
     SourceConfig,
     TrainConfig,
 )
-from dcr.core.data import prompt_rows
+from dcr.core.data.rows import prompt_rows
 from dcr.core.models import Policy
 from dcr.core.sources import Example
 from dcr.core.statistics import Interval
@@ -274,10 +273,10 @@ def test_best_layer_is_the_one_of_the_table(
     tuned: TrainConfig, policy: Policy, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        best = choice.best_layer(tuned, limit=20, policy=policy)
+        best = transfer.best_layer(tuned, limit=20, policy=policy)
     assert "dcr.layer=auto: block" in caplog.text
     assert "chosen on prompts of demo_seemingly_toxic_heldout / demo_toxic_heldout" in caplog.text
-    found = choice.choose(tuned, limit=20, pairs="none", policy=policy)
+    found = transfer.choose(tuned, limit=20, pairs="none", policy=policy)
     by_layer = {layer.layer: layer.transfer.estimate for layer in found.pairs[0].layers}
     assert by_layer[best] == max(by_layer.values())
     assert set(by_layer) == {1, 2}
@@ -285,7 +284,7 @@ def test_best_layer_is_the_one_of_the_table(
 
 def test_features_are_those_of_stage_one(tuned: TrainConfig, policy: Policy) -> None:
     """The measured AUROC is that of a probe on features read prompt by prompt."""
-    found = choice.choose(tuned, limit=20, pairs="none", policy=policy)
+    found = transfer.choose(tuned, limit=20, pairs="none", policy=policy)
     gathered = origins.gathered(tuned.data, tuned.seed, 20, "none")
     chat = prompts.chat_format(policy.tokenizer, tuned.model)
     ((name, test),) = gathered.tests.items()

@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import save_file
 from test_report import make_eval, make_run, parsed
 
-from dcr import report
 from dcr.analyses import ntk, verdicts
 from dcr.analyses.verdicts import ABSENT, CLAIMS, FAILS, HOLDS, OPEN, ClaimRow, number
 from dcr.core import statistics
 from dcr.core.config import DataError
 from dcr.core.statistics import Interval
+from dcr.report import building
 from dcr.report.records import read_run
 
 SEEMING, TOXIC, NORMAL = KINDS = ("seemingly_toxic", "toxic", "normal")
@@ -93,7 +93,7 @@ def cells(values: Mapping[tuple[str, str], float], noise: float = 0.0, seed: int
 def told(tmp_path: Path, *runs: Path) -> tuple[str, list[dict[str, str]], str]:
     """(terminal, rows of claims.csv, page)."""
     out = tmp_path / "out" / "page.html"
-    text = report.build(list(runs), out, ["claims"])
+    text = building.build(list(runs), out, ["claims"])
     with (out.parent / "claims.csv").open(newline="", encoding="utf-8") as file:
         return text, list(csv.DictReader(file)), out.read_text(encoding="utf-8")
 

@@ -6,7 +6,7 @@ import string
 import pytest
 
 from dcr.contamination import report
-from dcr.core.data.splits import COMPARED_CHARACTERS, Overlap, overlaps
+from dcr.core.data import COMPARED_CHARACTERS, Overlap, overlaps
 from dcr.core.text import normalise
 
 

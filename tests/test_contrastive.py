@@ -34,8 +34,9 @@ from dcr import train
 from dcr.analyses.separability import kmeans_accuracy
 from dcr.core import config, losses, models
 from dcr.core.config import Pooling, Stage, TrainConfig
-from dcr.core.data import PromptBatch, SafetyData, pair_batch, prompt_batch, rows_of, split
-from dcr.core.models import Policy
+from dcr.core.data import rows_of, split
+from dcr.core.data.module import PromptBatch, SafetyData, pair_batch, prompt_batch
+from dcr.core.models import Policy, folders, structure
 from dcr.core.prompts import ChatFormat, PairRow
 from dcr.core.runs import Run
 from dcr.core.training import callbacks
@@ -97,9 +98,9 @@ def test_without_nll_nothing_beyond_the_block_runs(
 ) -> None:
     dcr = replace(tiny.dcr, nll=replace(tiny.dcr.nll, weight=weight))
     module = ContrastiveModule(policy, dcr, 1, 5)
-    blocks, norm = models.decoder_blocks(policy.model), models.final_norm(policy.model)
+    blocks, norm = structure.decoder_blocks(policy.model), structure.final_norm(policy.model)
     assert norm
-    for later in (blocks[1], norm[1], models.head(policy.model)):
+    for later in (blocks[1], norm[1], structure.head(policy.model)):
         later.register_forward_pre_hook(failing(AssertionError("ran")))
     if weight:
         with pytest.raises(AssertionError, match="ran"):
@@ -156,7 +157,7 @@ def test_one_step_moves_the_weights_as_a_plain_reimplementation_does(
     plain, batch = copy.deepcopy(policy.model), batch_of(chat)
     dcr = replace(tiny.dcr, nll=replace(tiny.dcr.nll, weight=0.5))
     module = ContrastiveModule(policy, dcr, 1, 1)
-    assert laid_out(models.backbone(policy.model), batch.ids, batch.mask).prefix > 4
+    assert laid_out(structure.backbone(policy.model), batch.ids, batch.mask).prefix > 4
     taken = gradients_of_one_step(module, batch)
     out = plain(
         batch.ids,
@@ -209,7 +210,7 @@ def test_gradient_checkpointing_changes_no_gradient(
     other = replace(policy, model=copy.deepcopy(policy.model))
     plain = gradients_of_one_step(ContrastiveModule(policy, dcr, 1, 1), batch)
     runs: list[bool] = []
-    mlp = models.decoder_blocks(other.model)[0].get_submodule("mlp")
+    mlp = structure.decoder_blocks(other.model)[0].get_submodule("mlp")
     mlp.register_forward_pre_hook(lambda *_: runs.append(True))
     spared = replace(dcr, gradient_checkpointing=True)
     saving = gradients_of_one_step(ContrastiveModule(other, spared, 1, 1), batch)
@@ -275,7 +276,7 @@ def test_lora_trains_the_blocks_up_to_the_layer_and_is_merged(
     linear = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     assert moved
     assert all(".layers.0." in name and name.split(".")[-2] in linear for name in moved)
-    reopened = models.open_folder(str(run / "contrastive"), config.Precision.fp32)
+    reopened = folders.open_folder(str(run / "contrastive"), config.Precision.fp32)
     assert not any("lora" in name for name, _ in reopened.model.named_parameters())
 
 

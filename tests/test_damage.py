@@ -16,12 +16,14 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from dcr import chat, export, report
+from dcr import chat, export
 from dcr import eval as eval_entry
 from dcr import train as train_entry
-from dcr.core import models, storage
+from dcr.core import storage
 from dcr.core.config import DataError, Precision, UserError
+from dcr.core.models import folders
 from dcr.core.runs import Run
+from dcr.report import building
 from tests import tiny_run
 from tests.test_eval import resolved
 
@@ -53,7 +55,7 @@ def _report(run: Run) -> None:
     """The report goes on without what it cannot read, and says so in a note."""
     page = run.folder.parent / "page.html"
     page.unlink(missing_ok=True)
-    report.build([run.folder], page)
+    building.build([run.folder], page)
     text = page.read_text()
     if noted := re.search(r"[^>]*(?:skipped, unreadable|: missing|disagree)[^<]*", text):
         raise UserError(noted[0])
@@ -193,7 +195,7 @@ def test_stage_two_does_not_start_from_a_damaged_stage_one(
 def test_a_result_without_its_checksums_is_damaged(finished: tuple[Run, Any], stage: str) -> None:
     file = finished[0].stage(stage) / storage.CHECKSUMS
     with damaged(file, lambda file: file.unlink()), pytest.raises(DataError) as refused:
-        models.open_result(file.parent, Precision.fp32)
+        folders.open_result(file.parent, Precision.fp32)
     assert str(refused.value).startswith(f"{file}: cannot be read (No such file")
 
 

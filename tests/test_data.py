@@ -31,7 +31,17 @@ from dcr.core.config import (
     Stage,
     TrainConfig,
 )
-from dcr.core.data import EpochBatches, SafetyData, Splits
+from dcr.core.data import Splits
+from dcr.core.data.module import PairBatch, SafetyData, pair_batch, prompt_batch
+from dcr.core.data.rows import (
+    DRAWS,
+    NO_CLASS,
+    EpochBatches,
+    generator,
+    micro_batches,
+    permutation,
+    share,
+)
 from dcr.core.prompts import IGNORED, PairRow
 from dcr.core.sources import Example
 from tests.tiny_run import REFUSAL as REFUSED
@@ -284,7 +294,7 @@ LABELS = [0] * 40 + [1] * 200
 
 
 def drawn(sampler: Sampler, count: int, seed: int = 0) -> list[int]:
-    return data.DRAWS[sampler](LABELS, count, data.generator(seed))
+    return DRAWS[sampler](LABELS, count, generator(seed))
 
 
 def test_balanced_draws_both_classes_equally_often() -> None:
@@ -309,13 +319,13 @@ def test_proportional_draws_go_through_all_rows() -> None:
 
 def test_orders_are_the_same_on_every_machine() -> None:
     """As recorded with NumPy's Mersenne Twister."""
-    assert data.permutation(8, data.generator(0, 7)) == [1, 0, 4, 6, 7, 3, 5, 2]
-    drawn = data.DRAWS[Sampler.balanced]([0, 0, 0, 1], 8, data.generator(0, 7))
+    assert permutation(8, generator(0, 7)) == [1, 0, 4, 6, 7, 3, 5, 2]
+    drawn = DRAWS[Sampler.balanced]([0, 0, 0, 1], 8, generator(0, 7))
     assert drawn == [1, 3, 3, 3, 3, 3, 3, 3]
 
 
 def batches(size: int = 8, draws: int = 30, seed: int = 0, **more: Any) -> EpochBatches:
-    return EpochBatches(lambda drawing: data.permutation(draws, drawing), draws, size, seed, **more)
+    return EpochBatches(lambda drawing: permutation(draws, drawing), draws, size, seed, **more)
 
 
 def epoch(sampler: EpochBatches, number: int) -> list[list[int]]:
@@ -346,7 +356,7 @@ def test_a_skip_continues_with_the_next_step(start: int) -> None:
 @pytest.mark.parametrize("world", [2, 3, 5, 8])
 def test_ranks_share_every_batch(world: int) -> None:
     for batch in epoch(batches(), 2):  # the last one of six
-        parts = [data.share(batch, rank, world) for rank in range(world)]
+        parts = [share(batch, rank, world) for rank in range(world)]
         assert list(chain(*parts)) == batch
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
@@ -365,7 +375,7 @@ def test_micro_batches_keep_every_row_within_the_budget() -> None:
     chance = random.Random(0)
     rows = pairs([min(int(chance.lognormvariate(4, 0.7)), 500) + 2 for _ in range(128)])
     rows += pairs([900])  # longer than the budget: alone
-    groups = data.micro_batches(rows, tokens=800)
+    groups = micro_batches(rows, tokens=800)
     assert Counter(id(row) for group in groups for row in group) == Counter(map(id, rows))
 
     def padded(groups: Sequence[Sequence[PairRow]]) -> int:
@@ -382,7 +392,7 @@ def test_micro_batches_keep_every_row_within_the_budget() -> None:
 
 def test_a_pair_batch_is_its_rows_padded() -> None:
     rows = pairs([3, 5, 2])
-    batch = data.pair_batch(rows, pad=9)
+    batch = pair_batch(rows, pad=9)
     assert batch.ids.shape == batch.targets.shape == batch.mask.shape == (3, 5)
     for b, row in enumerate(rows):
         for t in range(5):
@@ -396,7 +406,7 @@ def test_a_pair_batch_is_its_rows_padded() -> None:
 
 def test_a_batch_moves_whole() -> None:
     rows = [prompts.PromptRow("p", [1, 2], 1, (1, 2), [2, IGNORED])]
-    batch = data.prompt_batch(rows, 0, general=pairs([3]))
+    batch = prompt_batch(rows, 0, general=pairs([3]))
     moved = batch.to(torch.device("meta"))
     for of, to in ((batch, moved), (batch.general, moved.general)):
         for name, before in vars(of).items():
@@ -487,11 +497,11 @@ def learnt(batch: Any) -> Iterator[str]:
     """Ids of the rows that a loss looks at."""
     if isinstance(batch, list):
         yield from chain(*map(learnt, batch))
-    elif isinstance(batch, data.PairBatch):
+    elif isinstance(batch, PairBatch):
         yield from compress(batch.names, (batch.targets != IGNORED).any(1).tolist())
     else:
-        assert (batch.targets[batch.labels == data.NO_CLASS] == IGNORED).all()
-        yield from compress(batch.names, (batch.labels != data.NO_CLASS).tolist())
+        assert (batch.targets[batch.labels == NO_CLASS] == IGNORED).all()
+        yield from compress(batch.names, (batch.labels != NO_CLASS).tolist())
         yield from learnt(batch.general)
 
 

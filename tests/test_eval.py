@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from dcr import eval as eval_entry
 from dcr import keywords
-from dcr.core import cli, generation, models, refusal, storage
+from dcr.core import cli, generation, refusal, storage
 from dcr.core.config import ConfigError, Precision, SourcesByKind, UserError
 from dcr.core.evaluation import metrics, subjects
+from dcr.core.models import folders
 from dcr.core.runs import Run
 from dcr.extensions import EvalSettings
 from dcr.judges import pairwise
@@ -341,7 +342,7 @@ def test_a_template_is_known_by_what_it_says(tiny_folder: Path, tmp_path: Path) 
 def test_an_adapter_by_its_folder_stands_on_its_own_base(fresh: Run) -> None:
     settings, run = in_folder(fresh.stage("sft"), "data=demo")
     eval_entry.evaluate(settings, run)
-    base = models.open_folder(str(fresh.stage("contrastive")), Precision.fp32)
+    base = folders.open_folder(str(fresh.stage("contrastive")), Precision.fp32)
     base.model.model.layers[0].mlp.up_proj.weight.data += 1
     base.model.save_pretrained(fresh.stage("contrastive"))
     settings, run = in_folder(fresh.stage("sft"), "data=demo")

@@ -32,7 +32,7 @@ from dcr.core.config import (
     Precision,
 )
 from dcr.core.evaluation import subjects
-from dcr.core.models import Policy
+from dcr.core.models import Policy, folders, structure
 from dcr.core.runs import Run
 from dcr.core.sources import Example, read
 from dcr.extensions import EvalSettings
@@ -134,17 +134,17 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
     policy = Policy(model, models.byte_tokenizer(), "made")
-    models.save_full(policy, run.stage("contrastive"))
+    folders.save_full(policy, run.stage("contrastive"))
     stage_one = _logits(model)
     adapted = Policy(_adapted(model), policy.tokenizer, "made")
-    models.save_adapter(adapted, run.stage("sft"), run.stage("contrastive"))
+    folders.save_adapter(adapted, run.stage("sft"), run.stage("contrastive"))
     run.config_file.write_text(yaml.safe_dump(CONFIG, allow_unicode=True))
     run.rows_file.write_text(json.dumps(ROWS))
     return Made(run, _logits(adapted.model), stage_one)
 
 
 def _adapted(model: Any) -> Any:
-    adapted = models.add_lora(model, LoraConfig(rank=4, targets=["all-linear"]), seed=2)
+    adapted = structure.add_lora(model, LoraConfig(rank=4, targets=["all-linear"]), seed=2)
     for name, weight in adapted.named_parameters():
         if "lora_B" in name:  # zero at first, which would leave the base as it is
             torch.nn.init.normal_(weight, std=0.3)
@@ -336,9 +336,9 @@ def test_an_export_of_a_base_that_samples_and_penalises_decodes_as_evaluated(mov
 
 
 def test_another_base_is_refused(moved: Run) -> None:
-    model = models.open_folder(str(moved.stage("contrastive")), Precision.fp32)
+    model = folders.open_folder(str(moved.stage("contrastive")), Precision.fp32)
     next(model.model.parameters()).data.add_(1e-3)
-    models.save_full(model, moved.stage("contrastive"))
+    folders.save_full(model, moved.stage("contrastive"))
     with pytest.raises(ConfigError, match="not the base this adapter was trained on"):
         export.export(moved, moved.folder / "out")
     assert not (moved.folder / "out").exists()
@@ -411,7 +411,7 @@ def test_a_run_of_stl_aug_can_be_exported(moved: Run) -> None:
 def test_what_a_card_cannot_tell_is_refused_before_weights_are_read(
     moved: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr(models, "open_result")
+    monkeypatch.delattr(folders, "open_result")
     kept = moved.rows_file.rename(moved.folder / "elsewhere")
     with pytest.raises(DataError, match=r"rows\.json"):
         export.export(moved, moved.folder / "out")
@@ -430,7 +430,7 @@ def test_code_is_trusted_where_the_user_says_so(
     moved.config_file.write_text(yaml.safe_dump(told))
     asked: list[bool] = []
     monkeypatch.setattr(models, "open_policy", lambda c, *_: asked.append(c.trust_remote_code))
-    monkeypatch.setattr(models, "open_result", lambda *told: asked.append(told[2]))
+    monkeypatch.setattr(folders, "open_result", lambda *told: asked.append(told[2]))
     for stage in ("sft", "contrastive", "base"):
         chat.open_stage(moved, stage, trust_remote_code=trusted)
     with pytest.raises(AttributeError):  # on the None that was opened

@@ -18,16 +18,22 @@ import pytest
 from matplotlib.image import imread
 from test_report import change, make_eval, make_run, parsed, selection
 
-from dcr import report
 from dcr.core import extending, runs
 from dcr.core.config import UserError
 from dcr.core.runs import Run
-from dcr.report import FIGURES, OPERATING, SECTIONS, figures, trade_offs, writing
+from dcr.report import building, figures, trade_offs, writing
 from dcr.report.__main__ import main
 from dcr.report.figures import Drawing
 from dcr.report.grids import Cell
 from dcr.report.records import Evaluation, RunRecord, read_run
-from dcr.report.sections import FIGURE_ENDINGS, TABLE_ENDINGS, Selection
+from dcr.report.sections import (
+    FIGURE_ENDINGS,
+    FIGURES,
+    OPERATING,
+    SECTIONS,
+    TABLE_ENDINGS,
+    Selection,
+)
 from dcr.report.trade_offs import Operating
 
 KINDS = ("seemingly_toxic", "toxic", "normal")
@@ -166,7 +172,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def drawn(folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Where every figure of these runs lies, drawn once, and what the terminal said."""
     out = tmp_path_factory.mktemp("drawn")
-    return out, report.build(folders, out / "page.html", FIGURES)
+    return out, building.build(folders, out / "page.html", FIGURES)
 
 
 def file_name(figure: str) -> str:
@@ -448,7 +454,7 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     other = make_run(tmp_path / "other", "stl", model={"label": "=1+1"})
     for folder in (run, other):
         track(folder, "sft", probabilities(0.1))
-    report.build([run, other], tmp_path / "page.html", ["5a"])
+    building.build([run, other], tmp_path / "page.html", ["5a"])
     svg = (tmp_path / "figure5a.svg").read_text(encoding="utf-8")
     told = " ".join(t.text or "" for t in ElementTree.fromstring(svg).findall(f".//{SVG}text"))
     assert "<i>&$m$" in told

@@ -17,6 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipe
 
 from dcr.core import models, prompts, sources
 from dcr.core.config import ConfigError, DataError, Precision, TrainConfig
+from dcr.core.models import structure
 from dcr.core.text import conversation
 from dcr.gate import Recipe, training
 from dcr.gate import __main__ as command
@@ -61,7 +62,7 @@ def test_training_is_a_plain_loop_of_transformers_own_loss(tiny: TrainConfig, ga
     chat = prompts.chat_format(tokenizer, tiny.model)
     plain = classifier.new_classifier(tiny.model, Precision.fp32, tiny.seed)
     classifier.set_padding(plain, tokenizer, chat)
-    model: Any = models.add_lora(plain, training.LORA, tiny.seed, task_type="SEQ_CLS")
+    model: Any = structure.add_lora(plain, training.LORA, tiny.seed, task_type="SEQ_CLS")
     pairs = training.pairs(tiny)
     texts = {row.id: (row.prompt, 0.0) for row in pairs.seemingly_toxic}
     texts |= {row.id: (row.prompt, 1.0) for row in pairs.toxic}

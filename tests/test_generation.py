@@ -23,7 +23,7 @@ from dcr.core import generation, machine, models, prompts, storage
 from dcr.core.config import DataError, Kind, LoraConfig, ModelConfig
 from dcr.core.config.evaluation import GenConfig
 from dcr.core.generation import Completion
-from dcr.core.models import Policy
+from dcr.core.models import Policy, structure
 from dcr.core.prompts import ChatFormat
 from dcr.core.sources import Example
 from dcr.endpoints import HTTPConfig, ServerConfig, subject
@@ -87,7 +87,7 @@ def _shared(monkeypatch: pytest.MonkeyPatch) -> None:
 def policy_of(seed: int = 0, **changes: Any) -> Policy:
     shape = FAMILIES[changes.pop("family", "llama")] | changes
     made = models.random_policy(ModelConfig(name="tiny", architecture=shape), seed)
-    head = models.head(made.model)
+    head = structure.head(made.model)
     head.weight = torch.nn.Parameter(head.weight.detach().clone())
     with torch.no_grad():  # end tokens are likelier, so that answers differ in length
         head.weight[list(chat_of(made).stop)] *= 1.5
@@ -386,7 +386,7 @@ def test_every_end_token_ends(policy: Policy, which: int) -> None:
     """A model that says nothing but an end token, whichever it is."""
     chat = chat_of(policy)
     silent = policy_of()
-    head = models.head(silent.model)
+    head = structure.head(silent.model)
     head.bias = torch.nn.Parameter(torch.zeros(260))
     with torch.no_grad():
         head.bias[chat.stop[which]] = 1e4
@@ -423,7 +423,9 @@ def test_an_adapted_model_generates_with_its_adapter(
     truth: dict[str, list[int]], decoded: dict[str, list[int]]
 ) -> None:
     made = policy_of()
-    adapted = models.add_lora(made.model, LoraConfig(targets=["all-linear"], dropout=0.5), seed=0)
+    adapted = structure.add_lora(
+        made.model, LoraConfig(targets=["all-linear"], dropout=0.5), seed=0
+    )
     for name, weight in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(0))

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
-from dcr.core import models
 from dcr.core.config import ConfigError, LoraConfig
-from dcr.core.models import Policy
+from dcr.core.models import Policy, structure
 from dcr.core.prompts import ChatFormat
 from dcr.guarding import FILE, KeepRefusals
 from tests.shapes import chat_of, tiny_policy
@@ -25,7 +24,9 @@ def model_of(kind: str) -> Any:
     policy = tiny_policy()
     if kind == "plain":
         return policy.model
-    return models.add_lora(policy.model, LoraConfig(targets=["q_proj", "up_proj"], dropout=0.3), 0)
+    return structure.add_lora(
+        policy.model, LoraConfig(targets=["q_proj", "up_proj"], dropout=0.3), 0
+    )
 
 
 def arguments(folder: Path, **more: Any) -> TrainingArguments:

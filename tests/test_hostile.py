@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from dcr import train
 from dcr.core import cli, config, models, storage
 from dcr.core.config import ModelConfig, Precision, TrainConfig, UserError, resolving
-from dcr.core.models import saving
+from dcr.core.models import folders
 from dcr.core.runs import Run
 from dcr.extensions import EvalSettings, TrainSettings
 
@@ -94,7 +94,7 @@ def test_an_adapter_names_no_module_to_import(stranger: Run) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | named))
     storage.write_checksums(file.parent)
     with pytest.raises(UserError, match="its megatron_config names a module to import"):
-        models.open_result(file.parent, Precision.fp32)
+        folders.open_result(file.parent, Precision.fp32)
 
 
 def test_an_evaluation_of_a_run_takes_trust_and_no_other_model(
@@ -123,7 +123,7 @@ def test_a_template_that_leaves_its_sandbox_is_refused_before_weights_are_read(
             else json.dumps(json.loads(file.read_text()) | {"chat_template": f"{{{{ {call} }}}}"})
         )
     storage.write_checksums(folder)
-    monkeypatch.setattr(saving, "whole_model", lambda *_, **__: pytest.fail("opened"))
+    monkeypatch.setattr(folders, "whole_model", lambda *_, **__: pytest.fail("opened"))
     for words in (("dcr.chat",), ("dcr.export", "out=out")):
         ended = command(*words, f"run={stranger.folder}")
         assert ended.code == 2
@@ -136,7 +136,7 @@ def test_a_device_in_the_place_of_answers_is_refused_before_weights_are_read(
 ) -> None:
     shutil.rmtree(stranger.folder / "eval", ignore_errors=True)
     (stranger.folder / "eval").symlink_to("/dev/zero")
-    monkeypatch.setattr(saving, "whole_model", lambda *_, **__: pytest.fail("opened"))
+    monkeypatch.setattr(folders, "whole_model", lambda *_, **__: pytest.fail("opened"))
     ended = command("eval.py", f"run={stranger.folder}", *ASKED)
     assert ended.code == 2
     assert "eval: a file or a device, not a folder; move it away" in ended.error
@@ -147,7 +147,7 @@ def test_a_damaged_evaluation_ends_an_export_before_weights_are_read(
 ) -> None:
     file = stranger.evaluation("sft-damaged") / "metrics.json"
     storage.write_text(file, "{")
-    monkeypatch.setattr(saving, "whole_model", lambda *_, **__: pytest.fail("opened"))
+    monkeypatch.setattr(folders, "whole_model", lambda *_, **__: pytest.fail("opened"))
     ended = command("dcr.export", f"run={stranger.folder}", "out=out")
     assert ended.code == 2
     assert str(file) in ended.error
@@ -215,12 +215,12 @@ def test_only_regular_files_are_read(model: Path, name: str, special: str) -> No
     file = model / name
     file.unlink(missing_ok=True)
     os.mkfifo(file) if special == "pipe" else file.symlink_to("/dev/zero")
-    for command in (lambda: opened(model), lambda: models.open_folder(str(model), Precision.fp32)):
+    for command in (lambda: opened(model), lambda: folders.open_folder(str(model), Precision.fp32)):
         with pytest.raises(UserError, match=f"{name}: cannot be read .a pipe or device"):
             command()
     if name == "model.safetensors":
         with pytest.raises(UserError, match="a pipe or device"):
-            models.weights_fingerprint(model)
+            folders.weights_fingerprint(model)
 
 
 def test_a_folder_in_the_place_of_weights_is_named(stranger: Run) -> None:
@@ -264,4 +264,4 @@ def test_a_tokenizer_without_tokens_is_refused_as_it_is_opened(model: Path) -> N
         models.open_tokenizer(ModelConfig(name=str(model)))
     storage.write_checksums(model)
     with pytest.raises(UserError, match="its tokenizer makes no token of"):
-        models.open_folder(str(model), Precision.fp32)
+        folders.open_folder(str(model), Precision.fp32)

@@ -18,12 +18,13 @@ import pytest
 from sklearn.metrics import cohen_kappa_score
 from test_report import columns, make_eval, make_run, selection
 
-from dcr import inference, report
+from dcr import inference
 from dcr.core import storage
 from dcr.core.generation import Completion
 from dcr.judges.verdicts import Verdict, answer_fingerprint
 from dcr.label import LABELS, agreement, sheets
 from dcr.outcomes import Outcome, outcome
+from dcr.report import building
 
 HOSTILE = (
     '=HYPERLINK("http://x","y")',
@@ -370,7 +371,7 @@ def test_people_are_compared_with_each_other_and_with_every_judge(
     )
     assert line.split()[:4] == ["anna", "bert", "6", "67%"]
     assert "bert: 6 answers, 1 answered, 1 partly_refused, 3 refused, 1 circular" in ended.out
-    report.build([run], Path("page.html"))
+    building.build([run], Path("page.html"))
     page = Path("page.html").read_text()
     assert 'id="labels"' in page
     assert line.split()[4] in page

@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from dcr import looks
+from dcr.core import data as splits
 from dcr.core import sources
 from dcr.core.config import DataError, EvaluationSets, Kind
-from dcr.core.data import splits
 from dcr.core.evaluation import sets
 from dcr.core.sources import SOURCES, is_final, table
 from dcr.extensions import EvalSettings

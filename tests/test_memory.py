@@ -101,9 +101,9 @@ def child(shape: dict[str, Any], block: int, settings: str, packed: bool) -> Non
 
     from dcr.core import cli, machine, models, passes
     from dcr.core.config import Adapter, Precision, Stage
-    from dcr.core.models import Policy
+    from dcr.core.models import Policy, structure
+    from dcr.core.training import LIGHTNING_PRECISION
     from dcr.core.training.contrastive import ContrastiveModule
-    from dcr.core.training.stages import LIGHTNING_PRECISION
     from dcr.extensions import TrainSettings
     from dcr.fast import packing
     from dcr.fast.passes import Fast
@@ -125,7 +125,7 @@ def child(shape: dict[str, Any], block: int, settings: str, packed: bool) -> Non
         built = AutoConfig.for_model(**made_of)
         model = AutoModelForCausalLM.from_config(built, dtype=dtype)
         if node.adapter is Adapter.lora:
-            model = models.add_lora(model, node.lora, 0, blocks=block)
+            model = structure.add_lora(model, node.lora, 0, blocks=block)
         policy = Policy(model, models.byte_tokenizer(), "random")
         module = ContrastiveModule(policy, node, block, 3)
         if passes.current().shrinks_frozen(made):
@@ -161,7 +161,7 @@ def child(shape: dict[str, Any], block: int, settings: str, packed: bool) -> Non
 def batch(vocabulary: int, packed: bool) -> Any:
     import torch
 
-    from dcr.core.data import PromptBatch
+    from dcr.core.data.module import PromptBatch
 
     ids = torch.randint(0, vocabulary, (ROWS, LENGTH))
     ids[:, : ALIKE * packed] = ids[0, : ALIKE * packed]

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dcr.core import losses, models, storage
 from dcr.core.config import ConfigError, LoraConfig, ModelConfig, Precision
-from dcr.core.models import Policy
+from dcr.core.models import Policy, folders, structure
 from tests import shapes
 
 DEPTH, WIDTH = 3, 32
@@ -83,7 +83,7 @@ def named(request: pytest.FixtureRequest) -> tuple[str, Any]:
 def test_trunk_ends_where_hidden_states_say(named: tuple[str, Any]) -> None:
     name, model = named
     depth = model.config.num_hidden_layers
-    blocks = models.decoder_blocks(model)
+    blocks = structure.decoder_blocks(model)
     assert len(blocks) == depth
     last: list[Tensor] = []
 
@@ -95,19 +95,19 @@ def test_trunk_ends_where_hidden_states_say(named: tuple[str, Any]) -> None:
         whole = model(input_ids=IDS, output_hidden_states=True, use_cache=False)
         hook.remove()
         for block in range(1, depth + 1):
-            cut = models.trunk(model, block)(input_ids=IDS, use_cache=False).last_hidden_state
+            cut = structure.trunk(model, block)(input_ids=IDS, use_cache=False).last_hidden_state
             truth = whole.hidden_states[block] if block < depth else last[0]
             assert torch.equal(cut, truth), f"{name}: block {block}"
-    if models.final_norm(model) is not None:  # it was not applied, and would have been seen
+    if structure.final_norm(model) is not None:  # it was not applied, and would have been seen
         assert not torch.allclose(last[0], whole.hidden_states[depth])
 
 
 def test_trunk_runs_no_later_block_and_shares_its_parameters(named: tuple[str, Any]) -> None:
     model, before = named[1], dict(named[1].named_parameters())
     ran: list[int] = []
-    for index, block in enumerate(models.decoder_blocks(model)):
+    for index, block in enumerate(structure.decoder_blocks(model)):
         block.register_forward_hook(lambda *_, index=index: ran.append(index))
-    cut = models.trunk(model, 1)
+    cut = structure.trunk(model, 1)
     cut(input_ids=IDS, use_cache=False)
     assert ran == [0]
     assert {id(p) for p in cut.parameters()} < {id(p) for p in before.values()}
@@ -120,25 +120,27 @@ def test_backbone_head_and_nll_make_the_models_own_logits(named: tuple[str, Any]
     """The NLL from hidden states, caps and scales included, against cross entropy on the logits."""
     model = named[1]
     with torch.no_grad():
-        hidden = models.backbone(model)(input_ids=IDS, use_cache=False).last_hidden_state
+        hidden = structure.backbone(model)(input_ids=IDS, use_cache=False).last_hidden_state
         logits = model(input_ids=IDS, use_cache=False).logits
-        total, each = losses.token_nll(hidden[0, :-1], targets=IDS[0, 1:], **models.readout(model))
+        total, each = losses.token_nll(
+            hidden[0, :-1], targets=IDS[0, 1:], **structure.readout(model)
+        )
     truth = nn.functional.cross_entropy(logits[0, :-1], IDS[0, 1:], reduction="none")
     torch.testing.assert_close(each, truth, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(total, truth.sum(), rtol=1e-5, atol=1e-5)
-    found = models.logits(model, hidden[0])
+    found = structure.logits(model, hidden[0])
     torch.testing.assert_close(found, logits[0], rtol=1e-5, atol=1e-5)
-    assert models.head(model) is model.get_output_embeddings()
+    assert structure.head(model) is model.get_output_embeddings()
 
 
 def test_lists_inside_a_block_are_no_blocks_and_two_lists_are_refused() -> None:
     model = made("llama")
-    for block in models.decoder_blocks(model):
+    for block in structure.decoder_blocks(model):
         block.experts = nn.ModuleList([nn.Linear(2, 2) for _ in range(DEPTH)])
-    assert models.decoder_blocks(model) is model.model.layers
+    assert structure.decoder_blocks(model) is model.model.layers
     model.other = nn.ModuleList([nn.Linear(2, 2) for _ in range(DEPTH)])
     with pytest.raises(ConfigError, match="LlamaForCausalLM has 2 lists of 3 blocks, not one"):
-        models.decoder_blocks(model)
+        structure.decoder_blocks(model)
 
 
 # --- freezing -----------------------------------------------------------------------------------
@@ -147,16 +149,16 @@ def test_lists_inside_a_block_are_no_blocks_and_two_lists_are_refused() -> None:
 @pytest.mark.parametrize("told", [None, True, False])
 def test_exactly_the_trunk_trains(named: tuple[str, Any], told: bool | None) -> None:
     name, model = named
-    models.freeze_beyond(model, 1, told)
+    structure.freeze_beyond(model, 1, told)
     embeddings = model.get_input_embeddings().weight
-    expected = {id(p) for p in models.decoder_blocks(model)[0].parameters()}
+    expected = {id(p) for p in structure.decoder_blocks(model)[0].parameters()}
     if told or (told is None and name not in TIED):
         expected.add(id(embeddings))
     assert {id(p) for p in model.parameters() if p.requires_grad} == expected
     tied = model.get_output_embeddings().weight is embeddings
     assert tied == (name in TIED)
-    blocks = models.decoder_blocks(model)
-    models.freeze_beyond(model, len(blocks), False)  # deeper trains more
+    blocks = structure.decoder_blocks(model)
+    structure.freeze_beyond(model, len(blocks), False)  # deeper trains more
     expected = {id(p) for p in blocks.parameters()}
     assert {id(p) for p in model.parameters() if p.requires_grad} == expected
 
@@ -168,28 +170,30 @@ def test_exactly_the_trunk_trains(named: tuple[str, Any], told: bool | None) -> 
 def test_all_linear_reaches_every_projection_of_the_chosen_blocks(name: str) -> None:
     model = made(name)
     projections = projections_of(model)
-    adapted = models.add_lora(model, LoraConfig(targets=["all-linear"]), seed=0, blocks=2)
+    adapted = structure.add_lora(model, LoraConfig(targets=["all-linear"]), seed=0, blocks=2)
     assert adapted_of(adapted) == {n for n in projections if n[0] in "01"} != set()
     trained = [n for n, p in adapted.named_parameters() if p.requires_grad]
     assert trained
     assert all("lora_" in n for n in trained)
-    whole = models.add_lora(made(name), LoraConfig(targets=["all-linear"]), seed=0)
+    whole = structure.add_lora(made(name), LoraConfig(targets=["all-linear"]), seed=0)
     assert adapted_of(whole) == projections
 
 
 def projections_of(model: Any) -> set[str]:
-    inside = models.decoder_blocks(model).named_modules()
+    inside = structure.decoder_blocks(model).named_modules()
     return {name for name, module in inside if type(module).__name__ in ("Linear", "Conv1D")}
 
 
 def adapted_of(model: Any) -> set[str]:
-    inside = models.decoder_blocks(model).named_modules()
+    inside = structure.decoder_blocks(model).named_modules()
     stem = ".lora_A.default"
     return {name.removesuffix(stem) for name, _ in inside if name.endswith(stem)}
 
 
 def test_named_targets_keep_to_their_blocks() -> None:
-    adapted = models.add_lora(made("llama"), LoraConfig(targets=["q_proj", "v_proj"]), 0, blocks=1)
+    adapted = structure.add_lora(
+        made("llama"), LoraConfig(targets=["q_proj", "v_proj"]), 0, blocks=1
+    )
     assert adapted_of(adapted) == {"0.self_attn.q_proj", "0.self_attn.v_proj"}
 
 
@@ -202,7 +206,7 @@ def test_named_targets_keep_to_their_blocks() -> None:
 )
 def test_targets_that_match_nothing_are_named(targets: list[str], named: str) -> None:
     with pytest.raises(ConfigError, match=named) as caught:
-        models.add_lora(made("llama"), LoraConfig(targets=targets), seed=0)
+        structure.add_lora(made("llama"), LoraConfig(targets=targets), seed=0)
     known = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj, or all-linear"
     assert known in str(caught.value)
 
@@ -211,7 +215,7 @@ def test_lora_follows_from_its_seed_and_leaves_the_generators_alone() -> None:
     torch.manual_seed(11)
     before = torch.get_rng_state()
     config = LoraConfig(targets=["q_proj"])
-    made_with = [models.add_lora(byte_model(), config, seed) for seed in (3, 3, 4)]
+    made_with = [structure.add_lora(byte_model(), config, seed) for seed in (3, 3, 4)]
     assert torch.equal(torch.get_rng_state(), before)
     one, two, other = map(get_peft_model_state_dict, made_with)
     assert all(torch.equal(one[key], two[key]) for key in one)
@@ -220,13 +224,13 @@ def test_lora_follows_from_its_seed_and_leaves_the_generators_alone() -> None:
 
 def test_an_adapted_bf16_model_has_lora_in_fp32_and_its_structure_as_before() -> None:
     model = made("llama").to(torch.bfloat16)
-    adapted = models.add_lora(model, LoraConfig(targets=["all-linear"]), seed=0)
+    adapted = structure.add_lora(model, LoraConfig(targets=["all-linear"]), seed=0)
     kinds = {("lora_" in name, p.dtype) for name, p in adapted.named_parameters()}
     assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
-    assert models.unwrapped(adapted) is model
-    assert models.decoder_blocks(adapted) is model.model.layers
-    assert models.backbone(adapted) is model.model
-    assert models.head(adapted) is model.lm_head
+    assert structure.unwrapped(adapted) is model
+    assert structure.decoder_blocks(adapted) is model.model.layers
+    assert structure.backbone(adapted) is model.model
+    assert structure.head(adapted) is model.lm_head
 
 
 # --- opening ------------------------------------------------------------------------------------
@@ -264,7 +268,7 @@ def test_what_cannot_be_opened_is_named(open_it: Any, tmp_path: Path) -> None:
 
 def saved(folder: Path, model: Any) -> Policy:
     policy = Policy(model, models.byte_tokenizer(), "made")
-    models.save_full(policy, folder)
+    folders.save_full(policy, folder)
     return policy
 
 
@@ -302,7 +306,7 @@ def test_a_damaged_folder_is_refused(tmp_path: Path, damage: Any) -> None:
     damage(tmp_path / "model.safetensors")
     storage.write_checksums(tmp_path)  # which tell nothing of a folder that others made
     with pytest.raises(ConfigError, match=f"{tmp_path}: cannot be opened"):
-        models.open_folder(str(tmp_path), Precision.fp32)
+        folders.open_folder(str(tmp_path), Precision.fp32)
     with pytest.raises(ConfigError, match=f"model.name={tmp_path}: cannot be opened"):
         models.open_policy(ModelConfig(name=str(tmp_path)), Precision.fp32)
 
@@ -311,13 +315,13 @@ def test_precision_is_the_weights_dtype(tmp_path: Path) -> None:
     policy = saved(tmp_path, byte_model())
     policy.tokenizer.pad_token = None  # opens all the same
     policy.tokenizer.save_pretrained(tmp_path)
-    for precision, dtype in models.DTYPES.items():
+    for precision, dtype in structure.DTYPES.items():
         opened = models.open_policy(ModelConfig(name=str(tmp_path)), precision)
         assert {p.dtype for p in opened.model.parameters()} == {dtype}
         assert opened.tokenizer.pad_token_id is None
         same = torch.equal(logits(opened.model), logits(policy.model))
         assert same or dtype is torch.bfloat16
-    assert models.DTYPES[Precision.bf16] is torch.bfloat16
+    assert structure.DTYPES[Precision.bf16] is torch.bfloat16
 
 
 def test_a_gguf_file_becomes_the_model_that_it_was_written_from(tmp_path: Path) -> None:
@@ -362,7 +366,7 @@ def test_a_gguf_file_becomes_the_model_that_it_was_written_from(tmp_path: Path) 
     models.convert_gguf(tmp_path / "tiny.gguf", tmp_path / "folder")
     found = models.open_policy(ModelConfig(name=str(tmp_path / "folder")), Precision.fp32)
     torch.testing.assert_close(found.model(input_ids=IDS).logits, model(input_ids=IDS).logits)
-    assert models.head(found.model).weight is found.model.get_input_embeddings().weight
+    assert structure.head(found.model).weight is found.model.get_input_embeddings().weight
     assert found.tokenizer("How")["input_ids"] == [2, 262, 263, 264]
     for file in (tmp_path / "folder").glob("tokenizer*"):
         file.unlink()
@@ -428,8 +432,8 @@ def test_kernels_of_the_hub_are_for_those_who_trust_them_and_odd_weights_are_sai
 
 def stored(model: Any, folder: Path, base: Path | str) -> Any:
     """The model with an adapter, which now lies in the folder."""
-    adapted = models.add_lora(model, LoraConfig(targets=["q_proj"]), seed=0)
-    models.save_adapter(Policy(adapted, models.byte_tokenizer(), "made"), folder, base)
+    adapted = structure.add_lora(model, LoraConfig(targets=["q_proj"]), seed=0)
+    folders.save_adapter(Policy(adapted, models.byte_tokenizer(), "made"), folder, base)
     return adapted
 
 
@@ -438,7 +442,7 @@ def with_adapter(run: Path) -> tuple[Path, Tensor]:
     policy = saved(run / "contrastive", byte_model())
     adapted = shapes.adapted(policy.model)
     for place in ("sft", "snapshots/step-000002"):
-        models.save_adapter(
+        folders.save_adapter(
             Policy(adapted, policy.tokenizer, "made"), run / place, run / "contrastive"
         )
     return run / "sft", logits(adapted.eval())
@@ -449,11 +453,11 @@ def test_a_moved_run_says_the_same(tmp_path: Path) -> None:
     away = tmp_path / "far" / "away"
     away.parent.mkdir()
     shutil.move(tmp_path / "run", away)
-    base = logits(models.open_folder(str(away / "contrastive"), Precision.fp32).model)
+    base = logits(folders.open_folder(str(away / "contrastive"), Precision.fp32).model)
     assert not torch.allclose(base, in_memory, atol=0.01)
     for place in ("sft", "snapshots/step-000002"):
-        assert models.adapter_base(away / place) == str(away / "contrastive")
-        opened = models.open_adapter(away / place, Precision.fp32)
+        assert folders.adapter_base(away / place) == str(away / "contrastive")
+        opened = folders.open_adapter(away / place, Precision.fp32)
         assert torch.equal(logits(opened.model), in_memory)
 
 
@@ -462,7 +466,7 @@ def test_a_base_elsewhere_is_found_where_it_was(tmp_path: Path) -> None:
     policy = saved(tmp_path / "base", byte_model())
     adapted = stored(policy.model, tmp_path / "a" / "run" / "sft", tmp_path / "base")
     shutil.move(tmp_path / "a" / "run", tmp_path / "run")
-    opened = models.open_adapter(tmp_path / "run" / "sft", Precision.fp32)
+    opened = folders.open_adapter(tmp_path / "run" / "sft", Precision.fp32)
     assert torch.equal(logits(opened.model), logits(adapted))
 
 
@@ -473,10 +477,10 @@ def test_a_base_that_is_another_or_gone_is_named(tmp_path: Path) -> None:
     for run in ("copy", "run"):
         saved(tmp_path / run / "contrastive", byte_model(seed=1))
         with pytest.raises(ConfigError, match=f"{run}/contrastive is not the base this adapter"):
-            models.open_adapter(tmp_path / run / "sft", Precision.fp32)
+            folders.open_adapter(tmp_path / run / "sft", Precision.fp32)
     shutil.rmtree(tmp_path / "run" / "contrastive")
     with pytest.raises(ConfigError, match=r"its base weights .*contrastive are gone"):
-        models.open_adapter(adapter, Precision.fp32)
+        folders.open_adapter(adapter, Precision.fp32)
 
 
 def test_the_embedded_base_is_found_on_another_machine(
@@ -487,7 +491,7 @@ def test_the_embedded_base_is_found_on_another_machine(
     stored(policy.model, tmp_path / "run" / "sft", policy_folder())
     shutil.move(tmp_path / "here", tmp_path / "there")
     monkeypatch.setenv("DCR_CACHE", str(tmp_path / "there"))
-    assert models.adapter_base(tmp_path / "run" / "sft") == str(policy_folder())
+    assert folders.adapter_base(tmp_path / "run" / "sft") == str(policy_folder())
 
 
 def policy_folder() -> Path:
@@ -500,11 +504,11 @@ def policy_folder() -> Path:
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path, shape: dict[str, Any]) -> None:
     """Without our files there is no fingerprint: the adapter's own weights tell."""
     adapter, _ = with_adapter(tmp_path / "run")
-    for file in (models.ORIGIN_FILE, storage.CHECKSUMS):
+    for file in (folders.ORIGIN_FILE, storage.CHECKSUMS):
         (adapter / file).unlink()
     saved(tmp_path / "run" / "contrastive", byte_model(**shape))
     with pytest.raises(ConfigError, match="do not fit those of"):
-        models.open_adapter(adapter, Precision.fp32)
+        folders.open_adapter(adapter, Precision.fp32)
 
 
 def test_an_adapter_on_the_tiny_model_opens_as_any_other(
@@ -513,8 +517,8 @@ def test_an_adapter_on_the_tiny_model_opens_as_any_other(
     monkeypatch.setenv("DCR_CACHE", str(tmp_path / "cache"))
     base = models.open_policy(TINY, Precision.fp32)
     adapted = shapes.adapted(base.model)
-    models.save_adapter(Policy(adapted, base.tokenizer, "made"), tmp_path / "sft", base.name)
-    opened = models.open_adapter(tmp_path / "sft", Precision.fp32)
+    folders.save_adapter(Policy(adapted, base.tokenizer, "made"), tmp_path / "sft", base.name)
+    opened = folders.open_adapter(tmp_path / "sft", Precision.fp32)
     assert torch.equal(logits(opened.model), logits(adapted.eval()))
     made, told = byte_model(), models.open_tokenizer(TINY)
     assert torch.equal(logits(models.open_policy(TINY, Precision.fp32).model), logits(made))

@@ -14,7 +14,7 @@ from scipy import stats
 from dcr import adopting, openings, plan, train
 from dcr.core import config, data, models, prompts, runs
 from dcr.core.config import Kind, Stage
-from dcr.core.data import StageRows
+from dcr.core.data.rows import StageRows
 from dcr.core.prompts import IGNORED
 from dcr.core.runs import Run
 from dcr.core.sources import Example

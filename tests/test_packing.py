@@ -16,8 +16,8 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from dcr.core import models
 from dcr.core.config import LoraConfig
+from dcr.core.models import structure
 from dcr.fast import fusing, packing
 from tests.shapes import FAMILIES, MIXED, SHAPE, made
 
@@ -77,7 +77,7 @@ def test_states_and_gradients_are_those_of_each_row_alone(
     else:
         model = made(family, dtype)
     if adapted:
-        model = models.add_lora(model, LoraConfig(dropout=0.0, targets=["all-linear"]), 0)
+        model = structure.add_lora(model, LoraConfig(dropout=0.0, targets=["all-linear"]), 0)
         for name, weight in model.named_parameters():
             if "lora_B" in name:
                 nn.init.normal_(weight, std=0.1)
@@ -86,7 +86,7 @@ def test_states_and_gradients_are_those_of_each_row_alone(
     weight = torch.randn(*ids.shape, 16, dtype=dtype)
 
     def cut(whole: Any) -> Any:
-        return models.trunk(whole, block) if block else models.backbone(whole)
+        return structure.trunk(whole, block) if block else structure.backbone(whole)
 
     found, layout = states(cut(model), ids, mask)
     assert (layout.places is not None) == (family not in PADDED)
@@ -105,7 +105,7 @@ def test_states_and_gradients_are_those_of_each_row_alone(
         if name in gradients:
             torch.testing.assert_close(parameter.grad, gradients[name], rtol=2e-4, atol=near)
     assert not any("forward" in vars(part) for part in model.modules()), "nothing is left behind"
-    assert models.unwrapped(model).config._attn_implementation == "sdpa" or family == "gemma2"
+    assert structure.unwrapped(model).config._attn_implementation == "sdpa" or family == "gemma2"
 
 
 def test_a_deep_model_in_bf16_is_packed_though_its_kernels_round_apart() -> None:
@@ -113,15 +113,15 @@ def test_a_deep_model_in_bf16_is_packed_though_its_kernels_round_apart() -> None
     deep = SHAPE | {"num_hidden_layers": 24, "initializer_range": 0.2, "head_dim": 8}
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(Gemma3TextConfig(**deep)).to(torch.bfloat16)
-    backbone = models.backbone(model.eval())
+    backbone = structure.backbone(model.eval())
     assert packing.packs(backbone, torch.device("cpu")) is packing.Packing.prefix
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS, ALIKE], ids=["unlike", "alike"])
 def test_no_token_is_computed_twice_nor_any_padding(lengths: tuple[int, ...]) -> None:
     model, seen = made("qwen2 tied"), []
-    backbone = models.backbone(model)
-    models.decoder_blocks(model)[0].get_submodule("mlp").register_forward_pre_hook(
+    backbone = structure.backbone(model)
+    structure.decoder_blocks(model)[0].get_submodule("mlp").register_forward_pre_hook(
         lambda _, given: seen.append(given[0].shape)
     )
     packs = packing.packs(backbone, torch.device("cpu"))
@@ -133,10 +133,10 @@ def test_no_token_is_computed_twice_nor_any_padding(lengths: tuple[int, ...]) ->
 
 def test_a_prefix_is_shared_where_it_is_right_and_worth_it(monkeypatch: Any) -> None:
     ids, mask = batch(ALIKE)
-    adapted: Any = models.add_lora(
+    adapted: Any = structure.add_lora(
         made("qwen2 tied"), LoraConfig(dropout=0.1, targets=["all-linear"]), 0
     )
-    backbone, jittered = models.backbone(adapted), OTHERS["mixtral"]
+    backbone, jittered = structure.backbone(adapted), OTHERS["mixtral"]
     packs = packing.packs(backbone.train(), ids.device)
     assert packs is packing.Packing.prefix
 
@@ -148,7 +148,7 @@ def test_a_prefix_is_shared_where_it_is_right_and_worth_it(monkeypatch: Any) -> 
     assert prefix(backbone, ids[:1], mask[:1]) == 0
     assert prefix(backbone, ids[:, 5:], mask[:, 5:]) == 0, "two tokens are few"
     monkeypatch.setattr(jittered, "router_jitter_noise", 0.1)
-    noisy = models.backbone(AutoModelForCausalLM.from_config(jittered))
+    noisy = structure.backbone(AutoModelForCausalLM.from_config(jittered))
     assert prefix(noisy.train(), ids, mask) == 0
     assert prefix(noisy.eval(), ids, mask) == PREFIX
     own = packing._with_prefix
@@ -168,9 +168,9 @@ def test_a_prefix_is_shared_where_it_is_right_and_worth_it(monkeypatch: Any) -> 
 def test_checkpointed_blocks_stay_padded() -> None:
     model = made("qwen2 tied")
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    packs = packing.packs(models.backbone(model.train()), torch.device("cpu"))
+    packs = packing.packs(structure.backbone(model.train()), torch.device("cpu"))
     assert packs is packing.Packing.padded
-    assert models.decoder_blocks(model)[0].training
+    assert structure.decoder_blocks(model)[0].training
 
 
 @pytest.mark.parametrize("chance", [0.0, 0.25])
@@ -279,8 +279,8 @@ def test_long_and_short_rows_on_the_llama_shape_in_bf16(lengths: tuple[int, ...]
     model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE)).bfloat16()
     ids, mask = batch(lengths)
     with torch.autocast("cpu", torch.bfloat16):
-        found, layout = states(models.backbone(model), ids, mask)
-        plain = models.backbone(model)(input_ids=ids, attention_mask=mask).last_hidden_state
+        found, layout = states(structure.backbone(model), ids, mask)
+        plain = structure.backbone(model)(input_ids=ids, attention_mask=mask).last_hidden_state
     assert layout.prefix == (PREFIX if lengths is ALIKE else 0)
     torch.testing.assert_close(found[mask], plain[mask], rtol=0.05, atol=0.05)
 
@@ -291,7 +291,7 @@ def test_weights_laid_out_once_multiply_as_before(dtype: torch.dtype, monkeypatc
     shape: dict[str, Any] = SHAPE | {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 100}
     config = LlamaConfig(**shape, attention_bias=True, tie_word_embeddings=True)
     model: Any = AutoModelForCausalLM.from_config(config).to(dtype).eval()
-    adapted = models.add_lora(model, LoraConfig(targets=["all-linear"]), seed=0).eval()
+    adapted = structure.add_lora(model, LoraConfig(targets=["all-linear"]), seed=0).eval()
     ids = torch.arange(12).view(3, 4)
     with torch.inference_mode():
         expected = adapted(input_ids=ids).logits

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from test_report import change, columns, make_eval, make_run, parsed, rows_of, selection
 
-from dcr import inference, report
-from dcr.report import comparisons, grids, paper, tables, writing
+from dcr import inference
+from dcr.report import building, comparisons, grids, paper, tables, writing
 from dcr.report.grids import Cell, text_of
 from dcr.report.paper import PaperRow, facts
 from dcr.report.records import read_run
@@ -88,7 +88,7 @@ MEASURED = {
 
 def built(tmp_path: Path, *folders: Path, tables: tuple[str, ...] = ()) -> tuple[str, str]:
     out = tmp_path / "out" / "page.html"
-    return report.build(list(folders), out, tables), out.read_text(encoding="utf-8")
+    return building.build(list(folders), out, tables), out.read_text(encoding="utf-8")
 
 
 def rows_by(table: TextTable, source: str = "ours") -> list[dict[str, Any]]:

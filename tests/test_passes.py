@@ -15,10 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dcr import extensions, train
 from dcr.analyses import probability
-from dcr.core import generation, models, passes, refusal
+from dcr.core import generation, passes, refusal
 from dcr.core.config import Kind
 from dcr.core.config.evaluation import GenConfig
-from dcr.core.models import Policy
+from dcr.core.models import Policy, structure
 from dcr.core.passes import Plain
 from dcr.core.prompts import IGNORED, ChatFormat
 from dcr.core.runs import Run
@@ -88,7 +88,7 @@ def test_the_nll_of_each_token_and_its_gradient_are_the_same(
     if not prompts:
         targets[:, : len(chat.prompt_ids(BEGUN)) - 4] = IGNORED
     model = policy.model.requires_grad_()
-    weight = models.decoder_blocks(model)[0].get_submodule("mlp.up_proj").weight
+    weight = structure.decoder_blocks(model)[0].get_submodule("mlp.up_proj").weight
 
     def found() -> list[Tensor]:
         got = passes.current().nll(model, ids, mask, targets, block=1)
@@ -163,7 +163,7 @@ def test_the_head_reads_states_in_one_block_of_memory(
     with using(given), Products() as products:
         for _ in refusal.first_logits(policy.model, encoded):
             pass
-    weight = models.head(policy.model).weight
+    weight = structure.head(policy.model).weight
     read = [states for states, other in products.pairs if other.shape == weight.shape]
     assert read
     assert all(states.is_contiguous() for states in read)

@@ -22,6 +22,8 @@ from dcr.core.config import (
     TrainConfig,
     resolving,
 )
+from dcr.core.data.module import pair_batch, prompt_batch
+from dcr.core.models import structure
 from dcr.core.sources import Example
 from dcr.extensions import TrainSettings
 from dcr.fast import packing
@@ -193,15 +195,15 @@ def test_tokens_computed_here_are_those_that_passes_lay_out(local: Path, which: 
         stage(told, which),
         plan.batches_of(told, which, plan.expected(told)[0]),
     )
-    backbone = models.backbone(AutoModelForCausalLM.from_pretrained(local))
+    backbone = structure.backbone(AutoModelForCausalLM.from_pretrained(local))
     packs, found = packing.packs(backbone, torch.device("cpu")), []
     for places in batches.sampler:
         if which is Stage.sft:
             groups = batches.sft_step([batches.pairs[place] for place in places])
-            passes: list[Any] = [data.pair_batch(group, batches.pad) for group in groups]
+            passes: list[Any] = [pair_batch(group, batches.pad) for group in groups]
         else:
             rows, _ = batches.contrastive_step([batches.prompts[place] for place in places])
-            passes = [data.prompt_batch(rows, batches.pad)]
+            passes = [prompt_batch(rows, batches.pad)]
         laid_out = [packing.laid_out(backbone, made.ids, made.mask, packs) for made in passes]
         found += [layout.inputs["input_ids"].numel() for layout in laid_out]
     assert (made.here.full, made.here.largest_full) == (sum(found), max(found))
@@ -235,9 +237,9 @@ def test_no_step_beyond_the_block_without_nll(local: Path) -> None:
 def _trained(told: TrainConfig, which: Stage, dtype: torch.dtype) -> Any:
     model = AutoModelForCausalLM.from_config(models.architecture(told.model), dtype=dtype)
     if which is Stage.contrastive:
-        models.freeze_beyond(model, told.dcr.layer or 1, None)
+        structure.freeze_beyond(model, told.dcr.layer or 1, None)
         return model.train()
-    return models.add_lora(model, LoraConfig(targets=["all-linear"]), seed=0).train()
+    return structure.add_lora(model, LoraConfig(targets=["all-linear"]), seed=0).train()
 
 
 @pytest.fixture
@@ -248,13 +250,13 @@ def wide(tmp_path: Path) -> TrainConfig:
     return settings(f"model.name={tmp_path}", "dcr.layer=3", "sft.lora.targets=[all-linear]")
 
 
-@pytest.mark.parametrize("precision", list(models.DTYPES))
+@pytest.mark.parametrize("precision", list(structure.DTYPES))
 @pytest.mark.parametrize("which", [Stage.contrastive, Stage.sft])
 def test_activations_are_what_autograd_keeps(
     wide: TrainConfig, which: Stage, precision: Precision
 ) -> None:
     wide.dcr.precision = wide.sft.precision = precision
-    model = _trained(wide, which, models.DTYPES[precision])
+    model = _trained(wide, which, structure.DTYPES[precision])
     ids = torch.zeros(6, 50, dtype=torch.long)
     weights = {tuple(w.shape) for w in model.parameters()}
     weights |= {size[::-1] for size in weights}  # autocast's copies are counted with the weights
@@ -269,7 +271,7 @@ def test_activations_are_what_autograd_keeps(
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=precision is not Precision.fp32),
     ):
-        models.backbone(model)(input_ids=ids, use_cache=False)
+        structure.backbone(model)(input_ids=ids, use_cache=False)
     measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     made = cost.stage_shape(wide, which)
     assert ids.numel() * made.full_saved == pytest.approx(measured, rel=0.25)
@@ -280,7 +282,7 @@ def test_flops_are_those_that_torch_counts(wide: TrainConfig, which: Stage) -> N
     model = _trained(wide, which, torch.float32)
     ids = torch.zeros(6, 20, dtype=torch.long)
     with FlopCounterMode(display=False) as counter:
-        hidden = models.backbone(model)(input_ids=ids, use_cache=False).last_hidden_state
+        hidden = structure.backbone(model)(input_ids=ids, use_cache=False).last_hidden_state
         hidden.sum().backward()
     load = cost.Load(0, ids.numel(), ids.numel(), 0, 0, ids.numel(), 0)
     found = cost.epoch_flops(wide, which, cost.stage_shape(wide, which), load)

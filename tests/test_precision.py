@@ -14,7 +14,7 @@ from dcr import chat, train
 from dcr import eval as eval_entry
 from dcr.core import cli, machine, runs
 from dcr.core.config import ConfigError, Precision
-from dcr.core.models import DTYPES
+from dcr.core.models.structure import DTYPES
 from dcr.core.runs import Run
 from dcr.extensions import EvalSettings
 from dcr.plan import cost

@@ -24,7 +24,7 @@ from dcr.core.config import (
     resolving,
     stages_of,
 )
-from dcr.core.models import structure
+from dcr.core.models import folders, structure
 from dcr.core.runs import Run
 from dcr.core.training.sft import SFTModule
 from dcr.extensions import EvalSettings, TrainSettings
@@ -70,7 +70,7 @@ def narrowed(precision: Precision = Precision.fp32, dtype: torch.dtype = torch.f
 
 def numbers(of: Any) -> dict[str, Tensor]:
     """What each layer in four bits stands for, in fp32, by its name."""
-    named = models.decoder_blocks(of).named_modules()
+    named = structure.decoder_blocks(of).named_modules()
     return {n: structure.weight_of(m).float() for n, m in named if hasattr(m, "quant_state")}
 
 
@@ -86,7 +86,7 @@ def by_table(weight: Tensor) -> Tensor:
 @needed
 def test_four_bits_are_the_nearest_levels_of_nf4() -> None:
     whole, found = model(), numbers(narrowed())
-    layers: dict[str, Any] = dict(models.decoder_blocks(whole).named_modules())
+    layers: dict[str, Any] = dict(structure.decoder_blocks(whole).named_modules())
     plain = {name: layers[name].weight for name in found}
     assert len(found) == 2 * 7, "every linear layer of both blocks"
     for name, weight in found.items():
@@ -101,7 +101,7 @@ def test_four_bits_are_the_nearest_levels_of_nf4() -> None:
 @pytest.mark.parametrize("precision", [Precision.mixed, Precision.bf16])
 def test_the_numbers_follow_from_the_file_and_not_from_the_precision(precision: Precision) -> None:
     exact, other = narrowed(), narrowed(precision)
-    assert other.get_input_embeddings().weight.dtype == models.DTYPES[precision]
+    assert other.get_input_embeddings().weight.dtype == structure.DTYPES[precision]
     codes = [[p for p in each.parameters() if p.dtype is torch.uint8] for each in (exact, other)]
     assert len(codes[0]) == 2 * 7
     assert all(torch.equal(a, b) for a, b in zip(*codes, strict=True))
@@ -121,10 +121,10 @@ def test_passes_and_gradients_are_those_of_plain_layers(
     for plain in (False, True):
         made = narrowed()
         if plain:
-            models.dequantise(made)
-            assert not models.is_quantised(made)
+            structure.dequantise(made)
+            assert not structure.is_quantised(made)
         lora = LoraConfig(rank=2, targets=["all-linear"], dropout=0.0)
-        adapted = models.add_lora(made, lora, seed=0)
+        adapted = structure.add_lora(made, lora, seed=0)
         for name, weight in adapted.named_parameters():
             if "lora_B" in name:  # else no gradient reaches A
                 nn.init.normal_(weight, generator=torch.Generator().manual_seed(1))
@@ -139,9 +139,10 @@ def test_passes_and_gradients_are_those_of_plain_layers(
 
 def sft_batch(chat: Any, tiny: Any) -> Any:
     from dcr.core import data
+    from dcr.core.data.module import SafetyData
 
     rows = data.rows_of(tiny)
-    batches = data.SafetyData(Stage.sft, rows, chat, tiny, 512)
+    batches = SafetyData(Stage.sft, rows, chat, tiny, 512)
     batches.setup("fit")
     return next(iter(batches.train_dataloader()))
 
@@ -164,7 +165,7 @@ def test_the_plan_counts_the_bytes_that_are_there(tmp_path: Path) -> None:
     told = tiny_run.settings(tmp_path, *NARROW, "method=stl", "plan=true", "sft.lora.rank=2")
     shape = cost.stage_shape(told, Stage.sft)
     policy = models.open_policy(told.model, Precision.fp32)
-    adapted = models.add_lora(policy.model, told.sft.lora, seed=0)
+    adapted = structure.add_lora(policy.model, told.sft.lora, seed=0)
     held = sum(p.nbytes for p in {id(p): p for p in adapted.parameters()}.values())
     layer: Any
     for layer in adapted.modules():
@@ -194,7 +195,7 @@ READOUT = ("sft.readout.batch_size=8", "sft.readout.seemingly_toxic=[demo_seemin
 @needed
 def test_stage_one_adds_to_the_weights_in_full(run: Run) -> None:
     base = models.open_policy(resolving.model_of(run.config(), False), Precision.fp32)
-    assert models.is_quantised(base.model)
+    assert structure.is_quantised(base.model)
     full = load_file(Path(base.name) / "model.safetensors")
     result = load_file(run.stage("contrastive") / "model.safetensors")
     moved = {name for name in full if not torch.equal(full[name], result[name])}
@@ -207,7 +208,7 @@ def test_what_is_added_to_rounded_weights_would_be_lost_to_the_next_rounding() -
 
     def rounded(weight: Tensor) -> Tensor:
         layer = model()
-        block = models.decoder_blocks(layer)[0].get_submodule("mlp.gate_proj")
+        block = structure.decoder_blocks(layer)[0].get_submodule("mlp.gate_proj")
         block.weight = nn.Parameter(weight, requires_grad=False)
         structure.quantise(layer, Precision.fp32)
         return numbers(layer)["0.mlp.gate_proj"]
@@ -228,9 +229,9 @@ def test_what_is_added_to_rounded_weights_would_be_lost_to_the_next_rounding() -
 def test_an_adapter_knows_that_its_base_is_in_four_bits(run: Run) -> None:
     for stage in ("sft", "readout"):
         assert json.loads((run.stage(stage) / "dcr.json").read_text())["quantization"] == "nf4"
-        assert models.is_quantised(models.open_result(run.stage(stage), Precision.fp32).model)
-    held = models.open_result(run.stage("contrastive"), Precision.fp32, False, Quantization.nf4)
-    assert models.is_quantised(held.model)
+        assert structure.is_quantised(folders.open_result(run.stage(stage), Precision.fp32).model)
+    held = folders.open_result(run.stage("contrastive"), Precision.fp32, False, Quantization.nf4)
+    assert structure.is_quantised(held.model)
 
 
 @needed
@@ -273,7 +274,7 @@ def test_its_evaluation_is_in_four_bits_and_never_another_ones(run: Run, tmp_pat
 def test_an_export_is_what_answered_and_tells_its_errors(run: Run, tmp_path: Path) -> None:
     out = export.export(run, tmp_path / "out", precision=Precision.fp32)
     merged = AutoModelForCausalLM.from_pretrained(out).eval()
-    ours = models.open_result(run.stage("readout"), Precision.fp32).model
+    ours = folders.open_result(run.stage("readout"), Precision.fp32).model
     ids = torch.tensor([[5, 60, 100, 7, 201, 33]])
     with torch.inference_mode():
         torch.testing.assert_close(merged(ids).logits, ours(ids).logits, rtol=1e-4, atol=1e-5)
@@ -281,7 +282,9 @@ def test_an_export_is_what_answered_and_tells_its_errors(run: Run, tmp_path: Pat
     lost = [
         float((by_table(w) - w).norm() / w.norm())
         for w in (
-            m.weight.detach() for m in models.decoder_blocks(base).modules() if type(m) is nn.Linear
+            m.weight.detach()
+            for m in structure.decoder_blocks(base).modules()
+            if type(m) is nn.Linear
         )
     ]
     card = (out / "README.md").read_text()

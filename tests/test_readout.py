@@ -25,9 +25,9 @@ from torch import Tensor
 from dcr import contamination, plan, train
 from dcr.core import config, data, models, passes, prompts, runs
 from dcr.core.config import ConfigError, Kind, LoraConfig, Stage, TrainConfig
-from dcr.core.data import SEEMINGLY_TOXIC, TOXIC, ReadoutBatch
-from dcr.core.data.rows import OPENING
-from dcr.core.models import Policy
+from dcr.core.data.module import ReadoutBatch
+from dcr.core.data.rows import OPENING, SEEMINGLY_TOXIC, TOXIC, readout_prompts, readout_rows
+from dcr.core.models import Policy, folders, structure
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
 from dcr.core.sources import Example
@@ -89,7 +89,7 @@ def test_the_last_blocks_alone_give_what_each_prompt_gives_by_itself(
 ) -> None:
     model = made(family).eval()
     given = readout.half_pass(model, count, *padded(rows))
-    backbone: Any = models.backbone(model)
+    backbone: Any = structure.backbone(model)
     with torch.no_grad():
         alone = [backbone(input_ids=torch.tensor([row])).last_hidden_state[0, -1] for row in rows]
     torch.testing.assert_close(
@@ -106,7 +106,7 @@ def test_gradients_are_those_of_the_whole_model_with_all_else_frozen(
     openings, labels = torch.tensor([5, 9]), torch.tensor([TOXIC, 0, TOXIC])
     last = {
         name: weight
-        for name, weight in models.decoder_blocks(model)[-count:].named_parameters()
+        for name, weight in structure.decoder_blocks(model)[-count:].named_parameters()
         if weight.requires_grad
     }
     moving = {n for n, w in model.named_parameters() if any(w is each for each in last.values())}
@@ -144,7 +144,7 @@ def test_gradients_are_those_of_the_whole_model_with_all_else_frozen(
 
 def adapted(policy: Policy) -> Policy:
     with callbacks.quiet():
-        model: Any = models.add_lora(policy.model, LoraConfig(targets=["all-linear"]), seed=0)
+        model: Any = structure.add_lora(policy.model, LoraConfig(targets=["all-linear"]), seed=0)
     torch.manual_seed(1)
     for name, weight in model.named_parameters():
         if ".lora_B." in name:
@@ -210,7 +210,7 @@ def test_stopped_anywhere_a_run_ends_as_if_nothing_had_been(
             owner, name = {
                 "preparing": (readout, "half_pass"),
                 "measuring": (ReadoutModule, "record"),
-                "saving": (models, "save_adapter"),
+                "saving": (folders, "save_adapter"),
             }[where]
             patched.setattr(owner, name, failing(Stop()))
         with pytest.raises(Stop):
@@ -257,7 +257,7 @@ def test_only_the_batches_that_steps_take_are_prepared_and_each_once(
     monkeypatch.setattr(readout, "half_pass", counted)
     train.train(few, Run(sft))
     chat = prompts.chat_format(models.open_tokenizer(few.model), few.model)
-    drawn = data.readout_rows(chat, data.rows_of(few), few.sft, few.seed)
+    drawn = readout_rows(chat, data.rows_of(few), few.sft, few.seed)
     assert len(set(drawn.steps)) == len(drawn.steps) == 2 < len(drawn.pairs) == len(drawn.general)
     asked = [part[place] for part in (drawn.pairs, drawn.general) for place in sorted(drawn.steps)]
     assert prepared == [len(part) for part in (*asked, *drawn.watched, *drawn.ordinary)]
@@ -315,7 +315,7 @@ def test_how_a_refusal_goes_on_is_learnt_from_refusals_of_toxic_prompts_alone(
     said = ["I cannot help with it.", "Take the bus and wait.", None]
     rows = [Example(str(i), f"word {i}", Kind.toxic, "x", a) for i, a in enumerate(said)]
     for label, opens in ((TOXIC, 0), (SEEMINGLY_TOXIC, None)):
-        made = data.readout_prompts(chat, rows, label)
+        made = readout_prompts(chat, rows, label)
         for place, (row, example) in enumerate(zip(made, rows, strict=True)):
             asked = chat.prompt_ids(example.prompt)
             whole, _ = chat.pair(example.prompt, example.response or "", 999)
@@ -330,9 +330,7 @@ def test_a_refusal_is_worded_as_sft_words_it(tiny: TrainConfig, chat: ChatFormat
     refusal = replace(rows.refusals[0], response="I cannot do so, since it harms.")
     no_refusal = replace(rows.refusals[0], response="Take the bus.")
     for refusals, reworded in (([no_refusal, refusal], True), ([no_refusal], False)):
-        drawn = data.readout_rows(
-            chat, replace(rows, refusals=refusals, normal=[]), tiny.sft, tiny.seed
-        )
+        drawn = readout_rows(chat, replace(rows, refusals=refusals, normal=[]), tiny.sft, tiny.seed)
         found = [row for part in drawn.pairs for row in part if row.label == TOXIC]
         said = {row.opening for row in found if row.opening}
         expected = tuple(chat.pair("x", "I cannot do so", 999)[0][len(chat.prompt_ids("x")) :])

@@ -19,14 +19,12 @@ from dcr.activations import Site
 from dcr.core.config import ModelConfig
 from dcr.core.models import random_policy
 from dcr.core.prompts import ChatFormat
-from dcr.core.refusal import (
+from dcr.core.refusal import opening
+from dcr.core.refusal.keywords import is_decided, is_refusal, outcome
+from dcr.core.refusal.opening import (
     OPENINGS,
     REFUSAL_PHRASES,
     first_logits,
-    is_decided,
-    is_refusal,
-    opening,
-    outcome,
     refusal_margin,
     refusal_mass,
     refusal_openings,

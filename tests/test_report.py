@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dcr import report, results
+from dcr import results
 from dcr.core import runs, storage
 from dcr.core.config import Kind
 from dcr.core.evaluation import scoring, subjects
@@ -23,6 +23,7 @@ from dcr.core.runs import Run
 from dcr.core.text import encodable
 from dcr.outcomes import Outcome
 from dcr.report import (
+    building,
     comparisons,
     curves,
     discernment,
@@ -149,7 +150,7 @@ def table_of(*folders: Path) -> dict[tuple[str, str], list[Cell]]:
 def build(tmp_path: Path, *folders: Path) -> tuple[str, str]:
     """(terminal text, page) of a report."""
     out = tmp_path / "page.html"
-    return report.build(list(folders), out), out.read_text(encoding="utf-8")
+    return building.build(list(folders), out), out.read_text(encoding="utf-8")
 
 
 Refused = Callable[..., str]
@@ -464,7 +465,7 @@ def test_the_page_holds_every_section_once_and_in_order(tmp_path: Path) -> None:
     for folder in folders:
         make_eval(folder, {"safe": "cr", "unsafe": "rr"})
         write_curves(folder)
-    report.build(folders, tmp_path / "page.html", ["table1"])
+    building.build(folders, tmp_path / "page.html", ["table1"])
     ids = parsed((tmp_path / "page.html").read_text()).ids
     anchors = [name for name in ids if name in SECTIONS]
     assert anchors == [name for name in SECTIONS if name in anchors]
@@ -775,7 +776,7 @@ def test_answers_at_equal_safety_without_sets_that_any_column_was_trained_on(
     for name, method, trained_on in (("a", "stl", []), ("b", "dcr", ["xstest_safe"])):
         make_ranked(make_run(tmp_path / name, method), trained_on)
     out = tmp_path / "page.html"
-    text = report.build([tmp_path / "a", tmp_path / "b"], out, ["discernment"])
+    text = building.build([tmp_path / "a", tmp_path / "b"], out, ["discernment"])
     # 4 of the 5 toxic prompts are at or above .4, 3 of them at .6: of .1, .2, .3 and .9, .95, and
     # without XSTest's of .3 and .95, those below are answered
     lines = csv.DictReader((tmp_path / "discernment.csv").read_text().splitlines())

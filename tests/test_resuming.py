@@ -29,7 +29,8 @@ from tiny_run import (
 from dcr import train
 from dcr.core import machine, models, storage
 from dcr.core.config import Method, SFTConfig, TrainConfig, UserError
-from dcr.core.data import PairBatch
+from dcr.core.data.module import PairBatch
+from dcr.core.models import folders
 from dcr.core.runs import Run
 from dcr.core.training import resuming
 from dcr.core.training.contrastive import ContrastiveModule
@@ -189,9 +190,9 @@ def test_stopped_again_and_again_it_goes_on_with_the_next_step(
 
 FAULTS = [
     (SFTModule, "validation_step", Stop()),  # when the step before is repeated
-    (train.models, "save_adapter", Stop()),  # when the result is being written
+    (folders, "save_adapter", Stop()),  # when the result is being written
     (SFTModule, "nll", torch.OutOfMemoryError("CUDA out of memory. Tried 20 GiB.\nmore")),
-    (train.models, "save_full", UserError("disk full")),
+    (folders, "save_full", UserError("disk full")),
 ]
 
 

@@ -9,15 +9,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dcr import openings, outcomes, report, results
+from dcr import openings, outcomes, results
 from dcr.core import generation, models, prompts, refusal, storage
 from dcr.core.config import Kind, LoraConfig, ModelConfig, Precision
 from dcr.core.generation import Completion
-from dcr.core.models import Policy
+from dcr.core.models import Policy, structure
 from dcr.core.prompts import ChatFormat
 from dcr.core.sources import Example
 from dcr.export import _attacked
 from dcr.extensions import EvalSettings
+from dcr.report import building
 from dcr.robustness import TuningConfig, attacked, tuning
 from tests.shapes import greedy, next_logits
 from tests.tiny_run import failing
@@ -82,7 +83,7 @@ def test_tuning_takes_adamw_s_steps_on_the_answers(random: Policy, talk: ChatFor
     rows = [Example(f"r{i}", f"Say {i}", Kind.normal, "s", f"abc {i}" * i) for i in range(1, 4)]
     settings = EvalSettings(model=MODEL, precision=Precision.fp32)
     lora = LoraConfig(targets=["q_proj", "down_proj"], dropout=0.0)
-    one, other = (models.add_lora(models.random_policy(MODEL, 3).model, lora, 0) for _ in "12")
+    one, other = (structure.add_lora(models.random_policy(MODEL, 3).model, lora, 0) for _ in "12")
     options = TuningConfig(steps=4, batch_size=3, lr=3e-3)
     tuning.fit(one, talk, rows, options, settings, guarded=False)
 
@@ -216,7 +217,7 @@ def test_page_and_card_pool_the_sets_of_a_kind(tmp_path: Path) -> None:
     attacks = {"none": {"sets": sets, "ranking": ranking}, "prefill_6_10": {"sets": sets}}
     metrics = {"version": 2, "weights": "base", "method": "base", "robustness": attacks}
     storage.write_json(tmp_path / "run/eval/base-1/metrics.json", metrics)
-    told = report.build([tmp_path / "run"], tmp_path / "page.html")
+    told = building.build([tmp_path / "run"], tmp_path / "page.html")
     assert told.count("25.0 [14–40]") == told.count("75.0 [53–89]") == 2
     assert told.count("0.66 [.50–.80]") == 1
     page = (tmp_path / "page.html").read_text()

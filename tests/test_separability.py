@@ -26,8 +26,8 @@ from dcr.analyses.separability import (
     probe_auroc,
     transfer_auroc,
 )
-from dcr.core import data
 from dcr.core.config import Kind, Pooling
+from dcr.core.data.rows import prompt_rows
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat, PromptRow
 from dcr.core.sources import Example
@@ -220,7 +220,7 @@ def test_classical_mds_is_the_eigendecomposition_of_double_centred_squared_dista
 
 def encode(chat: ChatFormat, pooling: Pooling, count: int = 9) -> list[PromptRow]:
     rows = [example(i, Kind.toxic) for i in range(count)]
-    return data.prompt_rows(chat, rows, 1, 10_000, pooling=pooling)
+    return prompt_rows(chat, rows, 1, 10_000, pooling=pooling)
 
 
 POOL: dict[Pooling, Callable[[Tensor, PromptRow], Tensor]] = {
@@ -287,7 +287,7 @@ def test_analyse_is_json_and_names_its_prompts(policy: Policy, chat: ChatFormat)
         layer["probe_low"] <= layer["probe"] <= layer["probe_high"] for layer in found["layers"]
     )
     points = separability.features(
-        policy, data.prompt_rows(chat, safe, 0, 10_000) + data.prompt_rows(chat, unsafe, 1, 10_000)
+        policy, prompt_rows(chat, safe, 0, 10_000) + prompt_rows(chat, unsafe, 1, 10_000)
     )
     assert set(found["mds"]) == {"1", "2"}
     for layer in (1, 2):

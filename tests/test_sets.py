@@ -15,6 +15,10 @@ from dcr.steering import SteeringConfig
 from tests.tiny_run import DATA, real
 
 PAPER = yaml.safe_load((Path(__file__).parent.parent / "conf/data/paper.yaml").read_text())
+PAPER_ROWS = {
+    **{"xstest_safe": 250, "coconot_contrast": 379, "orbench_hard": 1319, "oktest": 300},
+    "phtest_harmless": 2077,
+}
 KINDS = {"over_refusal": Kind.seemingly_toxic, "safety": Kind.toxic}
 
 
@@ -23,7 +27,8 @@ def paper_sets() -> list[tuple[str, Kind]]:
 
 
 def test_the_papers_sets_are_asked_by_default_and_are_in_a_local_folder() -> None:
-    assert {*sets.PAPER_OVER_REFUSAL, *sets.APART} == set(PAPER["evaluation"]["over_refusal"])
+    # the paper's PHTest also counts the controversial tier, which is told apart
+    assert {*PAPER_ROWS, *sets.APART} == set(PAPER["evaluation"]["over_refusal"])
     assert set(sets.PAPER_SAFETY) < set(PAPER["evaluation"]["safety"])
     for name, kind in paper_sets():
         assert SOURCES[name].kind is kind, name
@@ -34,8 +39,7 @@ def test_the_totals_are_the_papers() -> None:
     safety = [SOURCES[name].rows or 0 for name in sets.PAPER_SAFETY]
     assert safety == [100, 178, 40, 100, 520]
     assert sum(safety) == 938
-    rows = {name: SOURCES[name].rows for name in sets.PAPER_OVER_REFUSAL}
-    assert list(rows.values()) == [250, 379, 1319, 300, 2077]
+    assert {name: SOURCES[name].rows for name in PAPER_ROWS} == PAPER_ROWS
     controversial = SOURCES["phtest_controversial"].hub
     assert controversial is not None
     assert controversial.rows == 3269 - 2077

@@ -23,10 +23,11 @@ from tiny_run import (
 from torch import Tensor
 
 from dcr import train
-from dcr.core import models
 from dcr.core.config import Method, Schedule, SFTConfig, Stage, TrainConfig
-from dcr.core.data import PairBatch, SafetyData, micro_batches, pair_batch, rows_of
-from dcr.core.models import Policy
+from dcr.core.data import rows_of
+from dcr.core.data.module import PairBatch, SafetyData, pair_batch
+from dcr.core.data.rows import micro_batches
+from dcr.core.models import Policy, structure
 from dcr.core.prompts import PairRow
 from dcr.core.runs import Run
 from dcr.core.training import callbacks
@@ -58,7 +59,7 @@ def quiet() -> Iterator[None]:
 def adapted(policy: Policy, config: SFTConfig) -> Policy:
     """With an adapter whose B is not at the zero it starts from, where A has no gradient."""
     torch.manual_seed(1)
-    model = models.add_lora(policy.model, config.lora, seed=0)
+    model = structure.add_lora(policy.model, config.lora, seed=0)
     for name, weight in model.named_parameters():
         if ".lora_B." in name:
             weight.data.normal_(0, 0.02)
@@ -118,7 +119,7 @@ def test_gradient_checkpointing_changes_no_gradient(policy: Policy, tiny: TrainC
     step = in_micro_batches(pair_rows(policy), 150)
     other = replace(policy, model=copy.deepcopy(policy.model))
     plain = gradients_of_one_step(SFTModule(policy, config, 1), step)
-    blocks = models.decoder_blocks(other.model)
+    blocks = structure.decoder_blocks(other.model)
     runs: list[bool] = []
     blocks[0].get_submodule("mlp").register_forward_pre_hook(lambda *_: runs.append(True))
     config = replace(config, gradient_checkpointing=True)
@@ -142,7 +143,7 @@ def test_logits_exist_for_labelled_tokens_alone(
 
     monkeypatch.setattr(fast_passes, "token_nll", spy)
     whole_head_ran: Any = failing(AssertionError("the whole head ran"))
-    models.head(policy.model).register_forward_pre_hook(whole_head_ran)
+    structure.head(policy.model).register_forward_pre_hook(whole_head_ran)
     rows = pair_rows(policy)
     fit(SFTModule(policy, tiny.sft, 1), [in_micro_batches(rows, 150)])
     responses = sorted(t for row in rows for t in row.targets if t != -100)

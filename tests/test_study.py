@@ -21,13 +21,13 @@ from scipy import stats
 from test_report import make_eval, make_run, selection
 from tiny_run import logged, same, weights
 
-from dcr import adopting, align, report, study
+from dcr import adopting, align, study
 from dcr import eval as evaluation_script
 from dcr import train as training_script
 from dcr.core import models, prompts, refusal
 from dcr.core.config import DataConfig, EvaluationSets, ModelConfig, Stage, TrainConfig
 from dcr.core.runs import Run, append_metrics
-from dcr.report import paper
+from dcr.report import building, paper
 from dcr.study import STUDIES, Job, Options
 
 TWO_RATES = "sft.lr=1e-3,2e-3"
@@ -365,7 +365,7 @@ def test_tables_by_epochs_pair_seeds_with_stl(tmp_path: Path) -> None:
     assert list(less.loc["2", ends]) == pytest.approx([0.5] * 3)
     low, high = stats.ttest_rel([1, 1], [0.25, 0.5]).confidence_interval(0.95)
     assert list(less.loc["10", ends]) == pytest.approx([0.625, low, high])
-    text = report.build(folders, tmp_path / "page.html", ["table3"])
+    text = building.build(folders, tmp_path / "page.html", ["table3"])
     assert "DCR − STL" in text
     assert "50.0 [50–50]" in text
     assert "DCR − STL" in (tmp_path / "table3.md").read_text()
@@ -397,7 +397,7 @@ def test_costs_are_scaled_to_all_steps_and_told_once(tmp_path: Path) -> None:
     theirs = table.frame.to_dict("records")
     (found,) = (r for r in theirs if (r["numbers of"], r["stage"]) == ("paper, Qwen2.5-7B", "SFT"))
     assert found["device minutes"] == "~21"
-    report.build(folders, tmp_path / "page.html", ["table2"])
+    building.build(folders, tmp_path / "page.html", ["table2"])
     assert r"\textasciitilde 21" in (tmp_path / "table2.tex").read_text()
 
 

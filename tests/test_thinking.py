@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from dcr import eval as eval_entry
-from dcr import outcomes, report
+from dcr import outcomes
 from dcr.calibration import biases
 from dcr.core import cli, generation, models, prompts, refusal, thoughts
 from dcr.core.config import ConfigError, DataError, Kind, ModelConfig
@@ -28,6 +28,7 @@ from dcr.core.sources import read
 from dcr.endpoints import HTTPConfig, ServerConfig, answers
 from dcr.endpoints import subject as served
 from dcr.extensions import EvalSettings
+from dcr.report import building
 from dcr.thinking import reasoning
 from tests import tiny_run
 from tests.shapes import TINY
@@ -280,7 +281,7 @@ def test_answers_begin_behind_thoughts(
         "refused": {"both": 0, "thought_alone": 0, "answer_alone": 0, "neither": 3},
     }  # fmt: skip
     assert found["settings"]["thinking"] == 40
-    report.build([folder.parents[1]], tmp_path / "page.html")
+    building.build([folder.parents[1]], tmp_path / "page.html")
     assert "refused in the thought alone" in (tmp_path / "page.html").read_text(encoding="utf-8")
     monkeypatch.setattr(subjects, "opened", None)  # everything is stored
     assert (

@@ -17,6 +17,7 @@ from wandb_files import records
 from dcr import train
 from dcr.core import data, models, prompts, runs
 from dcr.core.config import TrainConfig
+from dcr.core.models import folders
 from dcr.core.runs import Run
 from dcr.core.training import callbacks
 from dcr.core.training.callbacks import RunLogger
@@ -101,7 +102,7 @@ def test_snapshots_are_adapters_of_their_step_and_change_no_weight(
     with callbacks.quiet():
         opened = AutoPeftModelForCausalLM.from_pretrained(run.snapshots / "step-000005")
     assert opened.peft_config["default"].base_model_name_or_path == str(run.stage("contrastive"))
-    assert models.adapter_base(run.snapshots / "step-000005") == str(run.stage("contrastive"))
+    assert folders.adapter_base(run.snapshots / "step-000005") == str(run.stage("contrastive"))
     assert same(weights(run.folder), weights(whole))
 
 

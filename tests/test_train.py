@@ -8,9 +8,11 @@ import pytest
 import torch
 from tiny_run import Stop, changed, failing, same, settings, stop, weights, write_rows
 
-from dcr import choice, train, wandb_run
+from dcr import train, wandb_run
+from dcr.choice import transfer
 from dcr.core import data, models, runs
 from dcr.core.config import ConfigError, Precision, TrainConfig
+from dcr.core.models import folders
 from dcr.core.runs import Run
 from dcr.core.training.sft import SFTModule
 
@@ -88,7 +90,7 @@ def test_other_weights_under_the_same_name(
 ) -> None:
     base = tmp_path / "base"
     policy = models.open_policy(tiny.model, Precision.fp32)
-    models.save_full(policy, base)
+    folders.save_full(policy, base)
     made = replace(tiny, model=replace(tiny.model, name=str(base), architecture=None))
     made = changed(made, "method=stl")
 
@@ -97,7 +99,7 @@ def test_other_weights_under_the_same_name(
         with pytest.raises(Stop):
             train.train(made, Run(tmp_path / "run"))
     policy.model.get_input_embeddings().weight.data[5] += 1
-    models.save_full(policy, base)
+    folders.save_full(policy, base)
     with pytest.raises(ConfigError, match="made from other weights"):
         train.train(made, Run(tmp_path / "run"))
 
@@ -145,7 +147,7 @@ def test_auto_measures_the_layer_once(tmp_path: Path, monkeypatch: pytest.Monkey
         measured.append(settings.model.label)
         return 2
 
-    monkeypatch.setattr(choice, "best_layer", best)
+    monkeypatch.setattr(transfer, "best_layer", best)
     made = settings(tmp_path / "rows", "dcr.layer=auto", "stage=contrastive")
     named = settings(tmp_path / "rows", "dcr.layer=2", "stage=contrastive")
     auto, given = Run(tmp_path / "auto"), Run(tmp_path / "given")

@@ -17,6 +17,7 @@ from dcr import train as train_entry
 from dcr.analyses import kinds, ntk, probability, weights
 from dcr.core import models, prompts
 from dcr.core.config import Kind, UserError
+from dcr.core.models import folders
 from dcr.core.runs import Run
 from dcr.tracking import curves as tracking
 from tests import tiny_run
@@ -67,7 +68,7 @@ def test_every_step_is_measured_where_there_are_few(pair: tuple[Run, Run]) -> No
 def test_the_last_point_is_the_finished_model(pair: tuple[Run, Run]) -> None:
     run = pair[1]
     settings = tiny_run.settings(run.folder.parent / "rows", ANALYSIS, *SMALL)
-    policy = models.open_adapter(run.stage("sft"), settings.sft.precision)
+    policy = folders.open_adapter(run.stage("sft"), settings.sft.precision)
     chat = prompts.chat_format(policy.tokenizer, settings.model)
     rows = kinds.drawn(kinds.every(settings.data), 3, settings.seed)[Kind.toxic]
     encoded = [chat.prompt_ids(row.prompt) for row in rows]

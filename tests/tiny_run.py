@@ -18,7 +18,7 @@ from torch import Tensor
 from dcr import train
 from dcr.core import cli, runs
 from dcr.core.config import TrainConfig, resolving
-from dcr.core.data import SafetyData
+from dcr.core.data.module import SafetyData
 from dcr.core.runs import Run
 from dcr.core.training.resuming import StepSeed
 from dcr.extensions import TrainSettings

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from dcr import inference
 from dcr.analyses import ntk
 from dcr.analyses.ntk import Batch, batches, last_logits, still
-from dcr.core import machine, models, passes, statistics, storage
+from dcr.core import machine, passes, statistics, storage
 from dcr.core.config import ConfigError, Kind
-from dcr.core.models import Policy
+from dcr.core.models import Policy, structure
 from dcr.core.prompts import ChatFormat
 from dcr.core.sources import Example
 
@@ -157,7 +157,7 @@ def measure(
     Whole arrays go to `folder`/claims.safetensors. Weights, modes and flags are left as they were.
     Raises ConfigError for a setting, a row or a model that cannot be.
     """
-    vocabulary = models.unwrapped(policy.model).config.get_text_config().vocab_size
+    vocabulary = structure.unwrapped(policy.model).config.get_text_config().vocab_size
     if settings.top_k >= vocabulary:
         raise ConfigError(
             f"entk.top_k={settings.top_k}: choose 1 to {vocabulary - 1}, one less than the "

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dcr.core import machine, models, passes
-from dcr.core.models import unwrapped
+from dcr.core.models.structure import unwrapped
 from dcr.core.passes import Prefilled, cache_name, forward, obstacle, recurrent, text_config
 from dcr.core.refusal.opening import (
     REFUSAL_PHRASES,

@@ -21,11 +21,11 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from dcr import activations
-from dcr.core import machine, models, statistics
+from dcr.core import machine, statistics
 from dcr.core.config import Pooling
-from dcr.core.data import SEEMINGLY_TOXIC, TOXIC, prompt_rows
+from dcr.core.data.rows import SEEMINGLY_TOXIC, TOXIC, prompt_rows
 from dcr.core.losses import kmeans_accuracy
-from dcr.core.models import Policy
+from dcr.core.models import Policy, structure
 from dcr.core.passes import attention_mask, padded
 from dcr.core.prompts import ChatFormat, PromptRow
 from dcr.core.sources import Example
@@ -207,8 +207,8 @@ def features(
     Prompts of similar length share a pass and are padded on the left; the result has their order.
     The model runs as it stands: in training mode dropout acts.
     """
-    depth = len(models.decoder_blocks(policy.model))
-    width = models.unwrapped(policy.model).config.get_text_config().hidden_size
+    depth = len(structure.decoder_blocks(policy.model))
+    width = structure.unwrapped(policy.model).config.get_text_config().hidden_size
     points = torch.empty(depth, len(rows), width)
     for places in machine.by_tokens([row.ids for row in rows], batch_tokens):
         points[:, places] = _pooled(policy.model, [rows[place] for place in places]).cpu()
@@ -286,7 +286,7 @@ def analyse(
     each layer's plane coordinates of the prompts in the order of `ids` and `labels` (1: unsafe).
     Raises DataError for a prompt longer than the model's context.
     """
-    context = models.context_length(policy.model.config)
+    context = structure.context_length(policy.model.config)
     rows = [
         row
         for label, part in ((SEEMINGLY_TOXIC, safe), (TOXIC, unsafe))

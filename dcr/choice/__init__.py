@@ -7,12 +7,3 @@ probe does well at nearly every layer, since it may tell them apart by their gra
 `origins` names candidates and test sets and reads them, `transfer` measures and compares, and
 `python -m dcr.choice` prints the result.
 """
-
-from typing import TYPE_CHECKING
-
-from dcr import on_demand
-
-if TYPE_CHECKING:
-    from dcr.choice.transfer import Choice, best_layer, choose
-else:
-    __getattr__ = on_demand(__name__, "transfer")

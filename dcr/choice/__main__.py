@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from dcr import choice, entry
+from dcr import entry
 from dcr.choice.origins import FEWEST, LIMIT
 from dcr.core import cli, machine, storage
 from dcr.core.config import Precision, UserError, resolving
@@ -17,7 +17,7 @@ from dcr.core.text import label_of
 from dcr.extensions import TrainSettings
 
 if TYPE_CHECKING:
-    from dcr.choice import Choice
+    from dcr.choice.transfer import Choice
 
 CHANCE = 0.5
 WEAK = 0.65  # a mean transfer below it is hardly better than guessing
@@ -65,7 +65,9 @@ def main(options: Options) -> None:
     node = replace(settings.dcr, precision=arithmetic.precisions["contrastive"])
     settings = replace(settings, dcr=node)
     machine.use_threads(settings.trainer.threads)
-    found = choice.choose(settings, limit=options.limit, pairs=options.pairs, tests=options.tests)
+    from dcr.choice import transfer  # with torch, for which help and a user's error do not wait
+
+    found = transfer.choose(settings, limit=options.limit, pairs=options.pairs, tests=options.tests)
     found = replace(found, notes=[*found.notes, f"precision: {arithmetic.told}"])
     storage.write_json(out, found.record())
     print(f"{describe(found)}\n\n{out}")

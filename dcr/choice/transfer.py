@@ -17,7 +17,7 @@ from dcr.choice import origins
 from dcr.choice.origins import FEWEST, LIMIT, Material, Pair
 from dcr.core import config, data, machine, models, prompts
 from dcr.core.config import ConfigError, Kind, TrainConfig
-from dcr.core.data import LABELS
+from dcr.core.data.rows import LABELS, prompt_rows
 from dcr.core.models import Policy
 from dcr.core.statistics import Interval
 
@@ -143,9 +143,7 @@ def choose(
     tokenizer = policy.tokenizer if policy else models.open_tokenizer(settings.model)
     chat = prompts.chat_format(tokenizer, settings.model)
     rows = {
-        (kind, names): data.prompt_rows(
-            chat, part, LABELS[kind], facts.context, settings.dcr.pooling
-        )
+        (kind, names): prompt_rows(chat, part, LABELS[kind], facts.context, settings.dcr.pooling)
         for (kind, names), part in material.used.items()
     }
     if policy is None:

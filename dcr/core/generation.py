@@ -21,10 +21,11 @@ from torch import Tensor
 from transformers import SequenceBiasLogitsProcessor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from dcr.core import machine, models, passes, storage, thoughts
+from dcr.core import machine, passes, storage, thoughts
 from dcr.core.config import DataError
 from dcr.core.config.evaluation import GenConfig
-from dcr.core.models import Policy, unwrapped
+from dcr.core.models import Policy, structure
+from dcr.core.models.structure import unwrapped
 from dcr.core.passes import padded
 from dcr.core.prompts import ChatFormat, special_tokens
 from dcr.core.sources import Example
@@ -184,7 +185,7 @@ def _answered(
 
 def check_context(policy: Policy, encoded: Sequence[Encoded], new_tokens: int) -> None:
     """Raises DataError for a prompt that leaves no room in the context for so many new tokens."""
-    context = models.context_length(policy.model.config)
+    context = structure.context_length(policy.model.config)
     for row, ids in encoded:
         if len(ids) + new_tokens > context:
             raise DataError(

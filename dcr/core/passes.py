@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
-from dcr.core import losses, machine, models
+from dcr.core import losses, machine
 from dcr.core.config import ConfigError, TrainConfig
-from dcr.core.models import unwrapped
+from dcr.core.models import structure
+from dcr.core.models.structure import unwrapped
 from dcr.core.prompts import IGNORED
 
 MASKABLE = {"sdpa", "eager"}  # attention that adds any mask
@@ -166,16 +167,18 @@ class Plain:
         self, model: Any, ids: Tensor, mask: Tensor, targets: Tensor, block: int | None = None
     ) -> Labelled:
         with captured(model, block) if block else nullcontext([None]) as outputs:
-            hidden = self.states(models.backbone(model), ids, mask)
+            hidden = self.states(structure.backbone(model), ids, mask)
         counted = targets != IGNORED
-        nll = losses.token_nll(hidden[counted], targets=targets[counted], **models.readout(model))
+        nll = losses.token_nll(
+            hidden[counted], targets=targets[counted], **structure.readout(model)
+        )
         return Labelled(*nll, outputs[0])
 
     def halved(
         self, model: Any, count: int, ids: Tensor, mask: Tensor
     ) -> tuple[Tensor, Callable[[], Tensor]]:
         with recorded_calls(model, count) as calls, torch.no_grad():
-            states = self.states(models.backbone(model), ids, mask)
+            states = self.states(structure.backbone(model), ids, mask)
         return states, partial(repeated_calls, model, calls)
 
     def shrinks_frozen(self, settings: TrainConfig) -> bool:
@@ -234,7 +237,7 @@ def captured(model: Any, block: int) -> Iterator[list[Tensor]]:
     def take(_module: Any, _inputs: Any, output: Any) -> None:
         outputs.append(output[0] if isinstance(output, tuple) else output)
 
-    handle = models.decoder_blocks(model)[block - 1].register_forward_hook(take)
+    handle = structure.decoder_blocks(model)[block - 1].register_forward_hook(take)
     try:
         yield outputs
     finally:
@@ -257,7 +260,7 @@ def per_row(model: Any) -> bool:
 
     Rows must then stay in their batch and place, and a prompt be read in one pass.
     """
-    hooks = models.backbone(model)._forward_pre_hooks.values()
+    hooks = structure.backbone(model)._forward_pre_hooks.values()
     return any(getattr(session, "per_row", False) for session in hooks)
 
 
@@ -281,7 +284,7 @@ def recorded_calls(model: Any, count: int) -> Iterator[Calls]:
         calls.append((args[1:] if calls else (hidden, *args[1:]), further))
 
     with ExitStack() as stack:
-        for block in models.decoder_blocks(model)[-count:]:
+        for block in structure.decoder_blocks(model)[-count:]:
             stack.callback(block.register_forward_pre_hook(record, with_kwargs=True).remove)
         yield calls
 
@@ -290,7 +293,7 @@ def repeated_calls(model: Any, calls: Calls) -> Float[Tensor, "..."]:
     """The output of the last blocks, called again with recorded arguments and present weights."""
     hidden: Any = ()
     for block, (args, kwargs) in zip(
-        models.decoder_blocks(model)[-len(calls) :], calls, strict=True
+        structure.decoder_blocks(model)[-len(calls) :], calls, strict=True
     ):
         output = block(*hidden, *args, **kwargs)
         hidden = (output[0] if isinstance(output, tuple) else output,)
@@ -319,7 +322,7 @@ def forward(
     """A model's output for new tokens at these places behind the tokens of the cache."""
     cached = {} if cache is None else {cache_name(model): cache}
     arguments = {"use_cache": True} | placed(unwrapped(model), places) | cached | options
-    with models.contiguous_head(model):
+    with structure.contiguous_head(model):
         return model(input_ids=ids, attention_mask=mask, return_dict=True, **arguments)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from dcr import entry, extensions, report, study
+from dcr import entry, extensions, study
 from dcr.core import config, storage
 from dcr.core.config import TrainConfig
 from dcr.core.runs import Run
@@ -45,6 +45,8 @@ class Options:
 
 @entry.command(Options, goes_on=True)
 def main(options: Options) -> None:
+    from dcr.report import building  # help and a slip need no drawing library
+
     out = options.out
     folders, page = [out / name for name in ("base", *METHODS)], out / "report.html"
     with study.notices_once():
@@ -55,7 +57,7 @@ def main(options: Options) -> None:
                 print(f"[{place}/{len(parts)}] {part.job}: {part.name}")
                 print(f"      {by_hand}", flush=True)
                 part.work()
-        table = report.build(folders, page)
+        table = building.build(folders, page)
     by_hand = _command("-m dcr.report", [*map(str, folders), f"out={page}"])
     print(f"\n{by_hand}\n\n{table}\n\npage: {page}")
 

@@ -17,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from dcr.core import passes
-from dcr.core.models import unwrapped
+from dcr.core.models.structure import unwrapped
 from dcr.fast import packing
 
 ROOM = 64  # tokens

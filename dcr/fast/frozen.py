@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dcr.core import losses
 from dcr.core.config import FSDP, Precision, TrainConfig
-from dcr.core.models import decoder_blocks, final_norm, head
+from dcr.core.models.structure import decoder_blocks, final_norm, head
 from dcr.tracking import TrackingConfig
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcr.core import machine
-from dcr.core.models.structure import evaluating
+from dcr.core.models import evaluating
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 # The masks of the eight values that a byte of `dropout_bits` stands for, by the values' size; as

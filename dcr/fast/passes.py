@@ -10,9 +10,10 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from dcr.core import machine, models, passes
+from dcr.core import machine, passes
 from dcr.core.config import TrainConfig
-from dcr.core.models import unwrapped
+from dcr.core.models import structure
+from dcr.core.models.structure import unwrapped
 from dcr.core.passes import Labelled, Prefilled, attention_mask, padded
 from dcr.core.prompts import IGNORED
 from dcr.fast import cache, frozen, fusing, packing
@@ -36,7 +37,7 @@ class Fast:
     def nll(
         self, model: Any, ids: Tensor, mask: Tensor, targets: Tensor, block: int | None = None
     ) -> Labelled:
-        backbone = models.backbone(model)
+        backbone = structure.backbone(model)
         layout = laid_out(backbone, ids, mask)
         with passes.captured(model, block) if block else nullcontext() as captured:
             hidden = layout.padded(packing.run(backbone, layout))
@@ -46,7 +47,7 @@ class Fast:
     def halved(
         self, model: Any, count: int, ids: Tensor, mask: Tensor
     ) -> tuple[Tensor, Callable[[], Tensor]]:
-        backbone = models.backbone(model)
+        backbone = structure.backbone(model)
         layout = laid_out(backbone, ids, mask)
         with passes.recorded_calls(model, count) as calls, torch.no_grad():
             states = layout.padded(packing.run(backbone, layout))
@@ -115,7 +116,7 @@ def nll_with_prefix(
 
 def _labelled(model: Any, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     counted = targets != IGNORED
-    return token_nll(hidden[counted], targets=targets[counted], **models.readout(model))
+    return token_nll(hidden[counted], targets=targets[counted], **structure.readout(model))
 
 
 # --- prompts --------------------------------------------------------------------------------------
@@ -136,7 +137,7 @@ def shared_prefix(model: Any, prompts: Sequence[Sequence[int]]) -> int:
     rotated = getattr(passes.text_config(model), "rope_parameters", None) or {}
     unshared = (
         alike < WORTHWHILE
-        or passes.obstacle(model, models.UNLIMITED) is not None
+        or passes.obstacle(model, structure.UNLIMITED) is not None
         or cache.roomy_cache(model) is None
         or rotated.get("rope_type") in BY_LENGTH
         or passes.per_row(model)
@@ -158,7 +159,10 @@ def prefill(
         filled = DynamicCache(config=passes.text_config(model)) if filled is None else filled
         if not keep:  # else the rest's keys and values of every block would be held
             filled.layers = [cache.PrefixLayer() for _ in filled.layers]
-        backbone, first = models.backbone(model), torch.tensor([prompts[0][:prefix]], device=device)
+        backbone, first = (
+            structure.backbone(model),
+            torch.tensor([prompts[0][:prefix]], device=device),
+        )
         placed = passes.placed(backbone, torch.arange(prefix, device=device)[None])
         ones = torch.ones_like(first)
         backbone(

@@ -10,7 +10,7 @@ import yaml
 from dcr import entry, inference, results
 from dcr.core import storage
 from dcr.core.config import DataError, Kind
-from dcr.core.refusal import is_refusal
+from dcr.core.refusal.keywords import is_refusal
 from dcr.core.runs import Run
 from dcr.core.statistics import Interval
 from dcr.frontier import Rule, arms

@@ -27,15 +27,17 @@ from dcr.core.config import (
     Stage,
     TrainConfig,
 )
-from dcr.core.data import SEEMINGLY_TOXIC, TOXIC, PromptBatch, SafetyData, Splits
-from dcr.core.models import DTYPES
+from dcr.core.data import Splits
+from dcr.core.data.module import PromptBatch, SafetyData
+from dcr.core.data.rows import SEEMINGLY_TOXIC, TOXIC, permutation
+from dcr.core.models import folders, structure
+from dcr.core.models.structure import DTYPES
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
 from dcr.core.sources import SOURCES
 from dcr.core.storage import Lease
-from dcr.core.training import callbacks, resuming
+from dcr.core.training import LIGHTNING_PRECISION, callbacks, resuming
 from dcr.core.training.resuming import ResumableModule, adamw, rate_factor
-from dcr.core.training.stages import LIGHTNING_PRECISION
 from dcr.gate import Recipe
 from dcr.gating import RECORD, REFUSAL, classifier
 from dcr.gating.classifier import Gate
@@ -78,7 +80,7 @@ def train(settings: TrainConfig, recipe: Recipe, out: Path) -> dict[str, Any]:
             log.info(line)
         model = classifier.new_classifier(settings.model, precision, settings.seed)
         classifier.set_padding(model, tokenizer, chat)
-        model = models.add_lora(model, LORA, settings.seed, task_type="SEQ_CLS")
+        model = structure.add_lora(model, LORA, settings.seed, task_type="SEQ_CLS")
         module = GateModule(model, recipe, batches.steps_per_epoch * recipe.epochs)
         _fit(settings, run, module, batches, recipe.epochs, precision, lease)
         model = module.model.float().merge_and_unload().eval()
@@ -164,13 +166,13 @@ def alike(lengths: Sequence[int], size: int, drawing: Generator) -> list[int]:
 
     They are sorted within drawn chunks, which saves most of the padding.
     """
-    drawn, chunk = data.permutation(len(lengths), drawing), CHUNK * size
+    drawn, chunk = permutation(len(lengths), drawing), CHUNK * size
     rows = [
         row
         for start in range(0, len(drawn), chunk)
         for row in sorted(drawn[start : start + chunk], key=lengths.__getitem__)
     ]
-    order = data.permutation(len(rows) // size, drawing)
+    order = permutation(len(rows) // size, drawing)
     whole = [row for place in order for row in rows[place * size : (place + 1) * size]]
     return whole + rows[len(whole) :]
 
@@ -186,7 +188,7 @@ def _made_with(
     local = source.is_dir()
     return {
         "model": source.name if local else settings.model.name,
-        "weights": models.weights_fingerprint(source) if local else settings.model.revision,
+        "weights": folders.weights_fingerprint(source) if local else settings.model.revision,
         "chat": storage.fingerprint([chat.template, chat.system_prompt]),
         **asdict(recipe),
         "lora": config.plain(LORA),

@@ -11,7 +11,8 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 from dcr.core import machine, models, prompts, storage
 from dcr.core.config import ConfigError, DataError, ModelConfig, Precision
-from dcr.core.models import DTYPES
+from dcr.core.models import folders, structure
+from dcr.core.models.structure import DTYPES
 from dcr.core.passes import attention_mask, padded
 from dcr.core.prompts import ChatFormat
 from dcr.gating import RECORD, Record
@@ -34,7 +35,7 @@ class Gate:
         Raises DataError for a prompt or a conversation that the gate cannot read.
         """
         encoded = [self.chat.prompt_ids(prompt) for prompt in asked]
-        room = models.context_length(self.model.config)
+        room = structure.context_length(self.model.config)
         if (longest := max(map(len, encoded), default=0)) > room:
             raise DataError(
                 f"gate: a prompt has {longest} tokens and the gate reads {room}; shorten it, or "
@@ -51,14 +52,14 @@ class Gate:
 
 def logits(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """The logits of prompts that are padded on the right, [prompts], in fp32."""
-    device = models.unwrapped(model).device
+    device = structure.unwrapped(model).device
     output = model(input_ids=ids.to(device), attention_mask=mask.long().to(device), use_cache=False)
     return output.logits[:, 0].float()
 
 
 def pad_of(model: Any) -> int:
     """The token behind shorter prompts of a batch: the classifier reads the last other one."""
-    return models.unwrapped(model).config.get_text_config().pad_token_id
+    return structure.unwrapped(model).config.get_text_config().pad_token_id
 
 
 def open_gate(
@@ -70,7 +71,7 @@ def open_gate(
     """
     record_of(folder)
     storage.check_checksums(folder)
-    tokenizer = models.result_tokenizer(folder, trust_remote_code)
+    tokenizer = folders.result_tokenizer(folder, trust_remote_code)
     chat = prompts.chat_format(tokenizer, ModelConfig(name=str(folder)))
     options = {"trust_remote_code": trust_remote_code, "dtype": DTYPES[precision]}
     model = classifier(str(folder), f"gate={folder}", (), **options)
@@ -113,7 +114,7 @@ def new_classifier(config: ModelConfig, precision: Precision, seed: int) -> Any:
     called = f"model.name={config.name}"
     options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     options |= {"id2label": {0: "toxic"}, "label2id": {"toxic": 0}, "dtype": DTYPES[precision]}
-    with models.seeded(seed):
+    with structure.seeded(seed):
         # the loss and the pipelines of transformers then take the logit through a sigmoid
         options["problem_type"] = "multi_label_classification"
         return classifier(models.source_of(config), called, [HEAD], **options)
@@ -133,4 +134,4 @@ def set_padding(model: Any, tokenizer: PreTrainedTokenizerBase, chat: ChatFormat
         )
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
     tokenizer.padding_side = "right"
-    models.unwrapped(model).config.get_text_config().pad_token_id = pad
+    structure.unwrapped(model).config.get_text_config().pad_token_id = pad

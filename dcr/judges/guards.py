@@ -18,11 +18,11 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from dcr.core import machine, models
+from dcr.core import machine
 from dcr.core.config import ConfigError, DataError
 from dcr.core.generation import Completion, decoded
-from dcr.core.models import DTYPES, Policy
-from dcr.core.models.opening import read_architecture, refused_as, whole_model
+from dcr.core.models import Policy, folders, read_architecture, refused_as, structure, whole_model
+from dcr.core.models.structure import DTYPES
 from dcr.core.prompts import ZERO_WIDTH_SPACE, ChatFormat
 from dcr.core.text import transcript
 from dcr.judges import GuardConfig, WildGuardConfig, verdicts
@@ -183,7 +183,7 @@ def identity(settings: GuardConfig) -> dict[str, object]:
         **asked,
         "model": settings.model,
         "revision": settings.revision,
-        "weights": models.weights_fingerprint(folder) if folder.is_dir() else None,
+        "weights": folders.weights_fingerprint(folder) if folder.is_dir() else None,
         "precision": settings.precision.value,
     }
 
@@ -281,7 +281,7 @@ def judged_in_batches(
     tokenizer = guard.policy.tokenizer
     waiting = [(a, tokenizer.encode(asked(a), add_special_tokens=False)) for a in answers]
     waiting.sort(key=lambda pair: (-len(pair[1]), pair[0].id))
-    context = models.context_length(guard.policy.model.config)
+    context = structure.context_length(guard.policy.model.config)
     if (longest := len(waiting[0][1])) + NEW_TOKENS[node] > context:
         raise DataError(
             f"{waiting[0][0].id}: its {longest} tokens and {NEW_TOKENS[node]} new ones "

@@ -11,9 +11,10 @@ from pathlib import Path
 from rich.table import Table
 
 from dcr import entry
-from dcr.core import data, machine
+from dcr.core import machine
 from dcr.core.config import Method, Precision, Stage, TrainConfig, stages_of
 from dcr.core.data import Splits
+from dcr.core.data.rows import readout_rows
 from dcr.core.runs import Run
 from dcr.plan import cost
 from dcr.plan.cost import Load, Shape, stage_shape
@@ -108,7 +109,7 @@ def stage_plan(settings: TrainConfig, stage: Stage, shape: Shape, drawn: Splits)
 def _readout_plan(settings: TrainConfig, shape: Shape, drawn: Splits) -> StagePlan:
     """The readout's plan; its tokens are those that pass all blocks, once."""
     chat, rows = chat_of(settings.model, drawn)
-    found, phase = data.readout_rows(chat, rows, settings.sft, settings.seed), settings.sft.readout
+    found, phase = readout_rows(chat, rows, settings.sft, settings.seed), settings.sft.readout
     parts = [part for part in (found.pairs, found.general) if part]
     learnt = [part[place] for part in parts for place in found.steps]
     held = [*found.watched, *found.ordinary]

@@ -114,23 +114,24 @@ def stage_shape(settings: TrainConfig, stage: Stage) -> Shape:
     import torch
 
     from dcr.core import models
+    from dcr.core.models import structure
 
     first, lora = stage is Stage.contrastive, lora_of(settings, stage)
     model = models.skeleton(settings.model)
-    blocks, head = models.decoder_blocks(model), models.head(model).weight
+    blocks, head = structure.decoder_blocks(model), structure.head(model).weight
     block, sizes = block_of(settings.dcr, len(blocks)), [_size(b.parameters()) for b in blocks]
     tied = head is model.get_input_embeddings().weight
     parts = _parts(model, block)
     held = settings.model.quantization is not Quantization.none
-    layers = {id(layer.weight) for _, _, layer in models.quantisable(model)} if held else set()
+    layers = {id(layer.weight) for _, _, layer in structure.quantisable(model)} if held else set()
     narrow = {n: _size(w for w in ws if id(w) in layers) for n, ws in parts.items()}
     widest = max((w.numel() for w in blocks.parameters() if id(w) in layers), default=0)
     if lora is None:
-        models.freeze_beyond(model, block, settings.dcr.train_embeddings)
+        structure.freeze_beyond(model, block, settings.dcr.train_embeddings)
     else:
         own = {id(weight) for part in parts.values() for weight in part}
         with torch.device("meta"):
-            model = models.add_lora(model, lora, seed=0, blocks=block if first else None)
+            model = structure.add_lora(model, lora, seed=0, blocks=block if first else None)
         parts["LoRA"] = [weight for weight in model.parameters() if id(weight) not in own]
     precision = settings.dcr.precision if first else settings.sft.precision
     saved = [saved_by(each, precision) for each in blocks]
@@ -161,12 +162,12 @@ def lora_of(settings: TrainConfig, stage: Stage) -> LoraConfig | None:
 
 def _parts(model: Any, block: int) -> "dict[str, list[nn.Parameter]]":
     """The parameters by part, each in exactly one, in the order of a forward pass."""
-    from dcr.core import models
+    from dcr.core.models import structure
 
-    blocks, norm = models.decoder_blocks(model), models.final_norm(model)
+    blocks, norm = structure.decoder_blocks(model), structure.final_norm(model)
     norms = list(norm[1].parameters()) if norm else []
     inside = {id(weight) for weight in [*blocks.parameters(), *norms]}
-    embeddings = [w for w in models.backbone(model).parameters() if id(w) not in inside]
+    embeddings = [w for w in structure.backbone(model).parameters() if id(w) not in inside]
     inside |= {id(weight) for weight in embeddings}
     parts = {
         "embeddings": embeddings,
@@ -264,7 +265,7 @@ def _product_bytes(precision: Precision) -> int:
 
 def _weight_bytes(settings: TrainConfig, stage: Stage, shape: Shape, through_all: bool) -> float:
     """The bytes of the weights on one device, and of autocast's copies of them."""
-    from dcr.core.models import NF4_BYTES
+    from dcr.core.models.structure import NF4_BYTES
 
     first = stage is Stage.contrastive
     node = settings.dcr if first else settings.sft

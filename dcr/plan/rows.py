@@ -10,8 +10,8 @@ from dcr import balance
 from dcr.balance import Balance
 from dcr.core import data, prompts, storage
 from dcr.core.config import EMBEDDED_MODEL, TINY_MODEL, ModelConfig, Stage, TrainConfig
-from dcr.core.data import Splits, StageRows
-from dcr.core.data.rows import ReadoutRow
+from dcr.core.data import Splits
+from dcr.core.data.rows import ReadoutRow, StageRows
 from dcr.core.prompts import IGNORED, ChatFormat, PairRow, PromptRow
 from dcr.plan import cost
 from dcr.plan.cost import Load

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dcr import entry, report
+from dcr import entry
 from dcr.core.config import ConfigError, UserError
 from dcr.report.sections import (
     FIGURE_ENDINGS,
@@ -77,7 +77,9 @@ def main(options: Options) -> None:
         )
         own = sections(tables, figures, words)
     out = _page(options, {*wanted, *own}, own)
-    table = report.build(
+    from dcr.report import building  # help and a slip need no drawing library
+
+    table = building.build(
         options.folders, out, wanted, margin=options.margin, data=options.data, own=own
     )
     if hasattr(sys.stdout, "reconfigure"):

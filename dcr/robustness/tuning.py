@@ -11,11 +11,11 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from dcr.core import models, passes, prompts, sources
+from dcr.core import passes, prompts, sources
 from dcr.core.config import ConfigError, Kind, LoraConfig, Precision
 from dcr.core.config.evaluation import EvalConfig
 from dcr.core.evaluation.subjects import Local, opened
-from dcr.core.models import Policy
+from dcr.core.models import Policy, structure
 from dcr.core.prompts import IGNORED, ChatFormat
 from dcr.core.sources import Example
 from dcr.guarding import KeepRefusals
@@ -53,18 +53,18 @@ def tuned(subject: Local, rows: Sequence[Example], guarded: bool) -> Policy:
     model = wide.model
     if isinstance(model, PeftModel):
         model = model.merge_and_unload()
-    output = models.head(model).weight
+    output = structure.head(model).weight
     chat = prompts.chat_format(wide.tokenizer, settings.model, output_rows=output)
     lora = LoraConfig(targets=settings.model.lora_targets, dropout=0.0)
     with torch.random.fork_rng():  # the Trainer seeds all generators
-        adapted = models.add_lora(model, lora, settings.seed)
+        adapted = structure.add_lora(model, lora, settings.seed)
         log.info(
             "robustness: tuning for %d steps of %d harmless rows%s",
             *(options.steps, options.batch_size, ", guarded" if guarded else ""),
         )
         fit(adapted, chat, rows, options, settings, guarded)
     merged: Any = adapted.merge_and_unload()
-    merged.to(models.DTYPES[settings.precision])
+    merged.to(structure.DTYPES[settings.precision])
     return Policy(merged.eval(), wide.tokenizer, wide.name)
 
 
@@ -86,7 +86,7 @@ def fit(
             learning_rate=options.lr,
             seed=settings.seed,
             bf16=settings.precision is not Precision.fp32,
-            use_cpu=models.unwrapped(model).device.type == "cpu",
+            use_cpu=structure.unwrapped(model).device.type == "cpu",
             dataloader_pin_memory=False,
             remove_unused_columns=False,
             **{"save_strategy": "no", "logging_strategy": "no", "report_to": []},

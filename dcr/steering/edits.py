@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from dcr.activations import Site, hook
-from dcr.core import models
 from dcr.core.config import ConfigError
+from dcr.core.models import structure
 from dcr.core.passes import per_row
 
 
@@ -66,7 +66,7 @@ def edited(model: Any, edits: Edits | Plan) -> Iterator[None]:
     try:
         if not callable(edits):
             session.install(edits)
-        backbone = models.backbone(model)
+        backbone = structure.backbone(model)
         session.opened = backbone.register_forward_pre_hook(session, with_kwargs=True)
         yield
     finally:
@@ -106,7 +106,7 @@ class _Session:
 
     def _planned(self, plan: Plan, ids: Any, mask: Any) -> Edits:
         if ids is None or not (mask is None or mask.dim() == 2):
-            kind = type(models.unwrapped(self.model)).__name__
+            kind = type(structure.unwrapped(self.model)).__name__
             raise ConfigError(
                 f"model.name: {kind} does not hand token ids and a mask of [batch, length] to its "
                 "blocks, which steering by the prompt needs; use steering=surgical or none"
@@ -144,7 +144,7 @@ class _Session:
 
 def _placed(model: Any, edit: Edit) -> Edit:
     """The edit with its vectors where the block's weights are, in the type it is computed in."""
-    weight = next(models.decoder_blocks(model)[edit.block - 1].parameters())
+    weight = next(structure.decoder_blocks(model)[edit.block - 1].parameters())
     kind = torch.float64 if weight.dtype == torch.float64 else torch.float32
 
     def moved(vector: Tensor | None) -> Tensor | None:

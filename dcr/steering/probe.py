@@ -12,9 +12,9 @@ from torch import Tensor
 
 from dcr.activations import Site
 from dcr.analyses import separability
-from dcr.core import models, refusal
+from dcr.core import refusal
 from dcr.core.config import ConfigError
-from dcr.core.models import Policy
+from dcr.core.models import Policy, structure
 from dcr.core.prompts import ChatFormat
 from dcr.steering import ProbeConfig, SteeringConfig, vectors
 from dcr.steering.edits import Edit, Edits, Plan
@@ -46,7 +46,7 @@ def find(
     about 1.
     """
     model = policy.model
-    depth = len(models.decoder_blocks(model))
+    depth = len(structure.decoder_blocks(model))
     block = block_of(depth, settings.probe)
     asked = vectors.encoded(chat, [*extraction.seemingly_toxic, *extraction.toxic])
     states = vectors.read_states(model, asked, [[-1]] * len(asked))[:, :, 0]
@@ -62,8 +62,8 @@ def _towards_refusal(
     model: object, chat: ChatFormat, last: Float[Tensor, "prompts width"]
 ) -> Float[Tensor, " width"]:
     """The direction whose sum raises the mean log-odds of refusals' first tokens by 1."""
-    openings, norm = refusal.refusal_openings(chat), models.final_norm(model)
-    head = models.head(model).weight.detach().float()
+    openings, norm = refusal.refusal_openings(chat), structure.final_norm(model)
+    head = structure.head(model).weight.detach().float()
     direction = head[openings.to(head.device)].mean(0) - head.mean(0)
     if norm is not None and (gain := getattr(norm[1], "weight", None)) is not None:
         direction = direction * gain.detach().float()
@@ -71,9 +71,9 @@ def _towards_refusal(
 
     def log_odds(states: Tensor) -> Tensor:
         with torch.no_grad():
-            normed = states.to(head.device, models.head(model).weight.dtype)
+            normed = states.to(head.device, structure.head(model).weight.dtype)
             normed = normed if norm is None else norm[1](normed)
-            return refusal.refusal_log_odds(models.logits(model, normed), openings).double()
+            return refusal.refusal_log_odds(structure.logits(model, normed), openings).double()
 
     slope = (log_odds(last + step) - log_odds(last - step)).mean() / 2
     if not slope > 0:
@@ -89,7 +89,7 @@ def edits(policy: Policy, chat: ChatFormat, made: Vectors, settings: SteeringCon
     """
     del chat
     tensors, info = made
-    model, depth = policy.model, len(models.decoder_blocks(policy.model))
+    model, depth = policy.model, len(structure.decoder_blocks(policy.model))
     probe = tensors["probe"].to(policy.model.device)
 
     def plan(ids: Tensor, mask: Tensor | None) -> Edits:

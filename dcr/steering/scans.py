@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dcr.activations import Site
-from dcr.core import models, prompts
+from dcr.core import prompts
 from dcr.core.config import ConfigError
-from dcr.core.models import Policy
+from dcr.core.models import Policy, structure
 from dcr.core.prompts import ChatFormat
 from dcr.steering import ScansConfig, ScansEnd, ScansLayers, SteeringConfig, vectors
 from dcr.steering.edits import Edit, Edits, Plan
@@ -53,7 +53,7 @@ def find(
     Each anchor takes one pass. Anchors beyond the first `scans.anchors` of each kind calibrate the
     threshold. Raises ConfigError as `steered_blocks` and `query` do.
     """
-    scans, depth = settings.scans, len(models.decoder_blocks(policy.model))
+    scans, depth = settings.scans, len(structure.decoder_blocks(policy.model))
     steered, asked = steered_blocks(depth, scans), query(chat, scans)
     compared = range(steered[0], depth + 1)
     states = {

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from dcr.activations import Site
-from dcr.core import models, passes
+from dcr.core import passes
 from dcr.core.config import ConfigError
-from dcr.core.models import Policy
+from dcr.core.models import Policy, structure
 from dcr.core.prompts import ChatFormat
 from dcr.core.refusal.opening import PhraseError, checked, continuations, ending
 from dcr.steering import SteeringConfig, SurgicalConfig, vectors
@@ -100,7 +100,7 @@ def find(
     refusals cannot follow it.
     """
     options, model = settings.surgical, policy.model
-    depth = len(models.decoder_blocks(model))
+    depth = len(structure.decoder_blocks(model))
     blocks = int(CANDIDATES_BELOW * depth)  # the first ones, which give candidates
     if blocks < 2:  # before the first block no token has seen another
         raise ConfigError(
@@ -141,7 +141,7 @@ def edits(policy: Policy, _chat: ChatFormat, made: Vectors, settings: SteeringCo
     s·b < 1, removal compounds over sites and depth: the rest is not the share 1 − s·b.
     """
     tensors, info = made
-    options, depth = settings.surgical, len(models.decoder_blocks(policy.model))
+    options, depth = settings.surgical, len(structure.decoder_blocks(policy.model))
     added = Edit(
         Site.block_input,
         info["added"]["block"],
@@ -327,7 +327,7 @@ def select_ablation(
 
     Only candidates count whose ablation moves the answer to normal prompts by at most `bound` (KL).
     """
-    depth = len(models.decoder_blocks(held.model))
+    depth = len(structure.decoder_blocks(held.model))
 
     def ablation(direction: Tensor, _block: int) -> tuple[float, float]:
         edits = everywhere(depth, direction, 1.0)
@@ -407,7 +407,7 @@ def find_ablation(
     policy: Policy, chat: ChatFormat, extraction: Extraction, _settings: SteeringConfig
 ) -> Vectors:
     """The tensor `vector` [width], of length 1."""
-    depth = len(models.decoder_blocks(policy.model))
+    depth = len(structure.decoder_blocks(policy.model))
     block = max(1, round(RELATIVE_DEPTH * depth))
     means = []
     for rows in (extraction.toxic, extraction.normal):
@@ -422,5 +422,5 @@ def ablation_edits(
     policy: Policy, _chat: ChatFormat, made: Vectors, settings: SteeringConfig
 ) -> Edits:
     """Edits x ← x − strength·(x·v)v at three sites of every block and at all positions."""
-    depth = len(models.decoder_blocks(policy.model))
+    depth = len(structure.decoder_blocks(policy.model))
     return everywhere(depth, made[0]["vector"], settings.strength)

@@ -16,7 +16,7 @@ from lightning import Callback, LightningModule, Trainer
 from dcr.analyses import check_parameters, kinds, weights
 from dcr.core import models, results
 from dcr.core.config import ConfigError, DataConfig, Kind, Stage, TrainConfig
-from dcr.core.models import Policy
+from dcr.core.models import Policy, folders, structure
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
 from dcr.core.sources import Example
@@ -120,10 +120,10 @@ class Snapshots(Callback):
     def _save(self, trainer: Trainer) -> None:
         step = trainer.global_step
         if step in self.steps:
-            weights = models.trained(self.policy.model)
+            weights = structure.trained(self.policy.model)
             if trainer.is_global_zero:
                 place = self.run.snapshots / f"step-{step:06d}"
-                models.save_adapter(self.policy, place, self.policy.name, weights)
+                folders.save_adapter(self.policy, place, self.policy.name, weights)
 
 
 class Tracker(Callback):

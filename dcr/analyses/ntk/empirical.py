@@ -25,8 +25,9 @@ from dcr.analyses.ntk.exact import (
     last_logits,
     log_probabilities,
 )
-from dcr.core import machine, models
+from dcr.core import machine
 from dcr.core.config import ConfigError
+from dcr.core.models import structure
 from dcr.core.statistics import Interval, percentiles, ratio
 from dcr.core.text import messages
 from dcr.inference import resampled_groups
@@ -116,7 +117,7 @@ def measure(
     that order; finite differences are always taken in this process. Raises ConfigError for a
     setting or a model that cannot be.
     """
-    vocabulary = models.unwrapped(model).config.get_text_config().vocab_size
+    vocabulary = structure.unwrapped(model).config.get_text_config().vocab_size
     if not 1 <= settings.top_k <= vocabulary:
         raise ConfigError(f"top_k={settings.top_k}: choose 1 to {vocabulary}, the vocabulary")
     if not sequences:

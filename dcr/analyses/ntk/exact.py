@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from dcr.analyses.ntk.subset import Layer, LayerKind, tied
-from dcr.core import machine, models, passes
+from dcr.core import machine, passes
 from dcr.core.config import ConfigError
+from dcr.core.models import structure
 
 GIB = 2**30
 
@@ -101,7 +102,7 @@ def batches(sequences: Sequence[Sequence[int]], size: int, device: torch.device)
 
 def last_logits(model: Any, batch: Batch) -> Float[Tensor, "batch vocabulary"]:
     """Next-token logits after each prompt's last token."""
-    inner: Any = models.unwrapped(model)
+    inner: Any = structure.unwrapped(model)
     # row by row, so that learnt positions have a gradient of their own in each
     options: dict[str, Any] = passes.placed(inner, passes.positions(batch.mask))
     ends = batch.ends
@@ -111,7 +112,7 @@ def last_logits(model: Any, batch: Batch) -> Float[Tensor, "batch vocabulary"]:
         return (inputs[0][rows, ends][:, None], *inputs[1:])
 
     # `logits_to_keep` would keep every place where some row ends
-    handle = models.head(model).register_forward_pre_hook(last)
+    handle = structure.head(model).register_forward_pre_hook(last)
     try:
         output = inner(batch.ids, attention_mask=batch.mask.long(), use_cache=False, **options)
     finally:
@@ -201,10 +202,10 @@ def watched(model: Any, chosen: Sequence[Layer]) -> Iterator[dict[str, LayerCall
             stack.callback(layer.module.register_forward_hook(_recorder(layer, calls)).remove)
         first = min(layer.block for layer in chosen)
         if first == 0 and not any(layer.kind is LayerKind.embedding for layer in chosen):
-            embeddings: Any = models.unwrapped(model).get_input_embeddings()
+            embeddings: Any = structure.unwrapped(model).get_input_embeddings()
             stack.callback(embeddings.register_forward_hook(_leaf_output).remove)
         elif first > 0:
-            blocks = models.decoder_blocks(model)
+            blocks = structure.decoder_blocks(model)
             entry = blocks[min(first, len(blocks)) - 1]
             handle = entry.register_forward_pre_hook(_leaf_input, with_kwargs=True)
             stack.callback(handle.remove)

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from dcr.analyses import check_parameters
 from dcr.core import models
 from dcr.core.config import ConfigError
+from dcr.core.models import structure
 
 
 class LayerKind(Enum):
@@ -59,11 +60,11 @@ def layers(model: Any, params: str, head: bool) -> list[Layer]:
     gradients this package does not know.
     """
     _check_adapters(model)
-    inner = models.unwrapped(model)
+    inner = structure.unwrapped(model)
     wanted = _wanted(model, params, head)
-    blocks = models.decoder_blocks(model)
+    blocks = structure.decoder_blocks(model)
     places = {id(m): i for i, block in enumerate(blocks, 1) for m in block.modules()}
-    behind = [models.final_norm(model), ("head", output_layer(model))]
+    behind = [structure.final_norm(model), ("head", output_layer(model))]
     places |= {id(entry[1]): len(blocks) + 1 for entry in behind if entry}
     chosen = []
     for name, module in inner.named_modules():
@@ -87,12 +88,12 @@ def parameters(model: Any, params: str, head: bool) -> list[nn.Parameter]:
     """Every parameter of a subset once, whatever its module computes; see `layers`."""
     _check_adapters(model)
     wanted = _wanted(model, params, head)
-    return [p for p in models.unwrapped(model).parameters() if id(p) in wanted]
+    return [p for p in structure.unwrapped(model).parameters() if id(p) in wanted]
 
 
 def output_layer(model: Any) -> nn.Linear:
     """The head itself, without the adapter around it."""
-    layer: Any = models.head(model)
+    layer: Any = structure.head(model)
     return getattr(layer, "base_layer", layer)
 
 
@@ -138,14 +139,14 @@ def move(
 
 def _wanted(model: Any, params: str, head: bool) -> dict[int, str]:
     """The ids of the subset's parameters, with their names."""
-    inner, blocks = models.unwrapped(model), models.decoder_blocks(model)
+    inner, blocks = structure.unwrapped(model), structure.decoder_blocks(model)
     layer = output_layer(model)
     if params == ADAPTER:
         return _of_adapters(model)
     check_parameters("params", [params], len(blocks))
     part, _, number = params.partition(":")
     count = int(number or len(blocks))
-    norm = models.final_norm(model)
+    norm = structure.final_norm(model)
     norms = [norm[1]] if norm else []
     roots: dict[str, list[nn.Module]] = {
         "tail": [*blocks[len(blocks) - count :], *norms, layer],
@@ -166,7 +167,7 @@ def _of_adapters(model: Any) -> dict[int, str]:
     active = set(getattr(model, "active_adapters", ())) if isinstance(model, PeftModel) else set()
     matrices = {
         id(p): name
-        for name, p in models.unwrapped(model).named_parameters()
+        for name, p in structure.unwrapped(model).named_parameters()
         if _in_adapter(name) and active & set(name.split("."))
     }
     if not matrices:

@@ -1,56 +1,420 @@
-"""The rows that each stage sees, their order, and their tensors.
+"""The rows of a run: read, cleaned of what is evaluated on, and drawn into disjoint parts.
 
-`splits` cleans sources and draws disjoint rows, `rows` tokenises and orders them, and `module` is
-the LightningDataModule that all stages share, which pads them.
+Overlap with what is evaluated means equal and nearly equal prompts. The caller decides which to
+drop, and which sets are in-distribution by design (XSTest safe for stage one) and only marked.
+`rows` tokenises and orders the rows of a stage, and `module` pads them for Lightning.
 """
 
-from typing import TYPE_CHECKING
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from dcr import on_demand
-from dcr.core.data.rows import (
-    DRAWS,
-    LABELS,
-    NO_CLASS,
-    SEEMINGLY_TOXIC,
-    TOXIC,
-    EpochBatches,
-    ReadoutRows,
-    StageRows,
-    check_lengths,
-    generator,
-    micro_batches,
-    permutation,
-    prompt_rows,
-    readout_prompts,
-    readout_rows,
-    share,
-)
-from dcr.core.data.splits import (
-    HELD_OUT_PAIRS,
-    Added,
-    Cleaning,
-    Open,
-    Overlap,
-    Splits,
-    apart,
-    evaluation_prompts,
-    overlaps,
-    row_record,
-    rows_of,
-    split,
-    with_readout,
-    without,
-)
+import numpy as np
+from rapidfuzz import fuzz, process
 
-if TYPE_CHECKING:
-    from dcr.core.data.module import (
-        PairBatch,
-        PromptBatch,
-        ReadoutBatch,
-        SafetyData,
-        pair_batch,
-        prompt_batch,
-        readout_batch,
+from dcr.core import extending, sources
+from dcr.core.config import (
+    ConfigError,
+    DataConfig,
+    Kind,
+    Method,
+    ReadoutConfig,
+    TrainConfig,
+)
+from dcr.core.refusal.keywords import is_refusal
+from dcr.core.sources import Example
+from dcr.core.text import last_turn, normalise
+
+CONTRASTIVE_NODES = ("seemingly_toxic", "toxic")
+PAIR_NODES = ("safety", "normal")  # whose rows are learnt with their responses
+RARE = ("augmented", "readout")  # beginnings of the names of lists that few runs have
+HELD_OUT_PAIRS = 64  # prompts a class that stage one is watched on; more would only cost time
+COMPARED_CHARACTERS = 512  # of a normalised prompt: bounds the quadratic cost of long texts
+ROWS_AT_ONCE = 256  # with 20,000 candidates a block of scores takes 20 MB
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The rows of a run: disjoint, drawn by seed, with what was dropped and why."""
+
+    seemingly_toxic: list[Example] = field(default_factory=list)
+    toxic: list[Example] = field(default_factory=list)
+    seemingly_toxic_heldout: list[Example] = field(default_factory=list)
+    toxic_heldout: list[Example] = field(default_factory=list)
+    normal: list[Example] = field(default_factory=list)
+    refusals: list[Example] = field(default_factory=list)
+    normal_heldout: list[Example] = field(default_factory=list)
+    refusals_heldout: list[Example] = field(default_factory=list)
+    augmented: list[Example] = field(default_factory=list)  # STL-aug's, as often as they are learnt
+    readout_seemingly_toxic: list[Example] = field(default_factory=list)
+    readout_toxic: list[Example] = field(default_factory=list)
+    readout_seemingly_toxic_heldout: list[Example] = field(default_factory=list)
+    readout_toxic_heldout: list[Example] = field(default_factory=list)
+    dropped: dict[str, int] = field(default_factory=dict)
+    fewer: dict[str, int] = field(default_factory=dict)  # rows that defaults asked for, and got
+    in_distribution: list[str] = field(default_factory=list)
+    unseen_groups: list[str] = field(default_factory=list)
+
+    def told(self) -> list[str]:
+        """A line for whatever was left out or is lacking."""
+        lacking = ", ".join(f"{asked}, {count} are there" for asked, count in self.fewer.items())
+        return [
+            *(f"dropped {count} rows of {reason}" for reason, count in self.dropped.items()),
+            *([f"defaults give way to what there is: {lacking}"] if lacking else []),
+        ]
+
+    def parts(self) -> dict[str, list[Example]]:
+        """Every list of rows by its name; those that few runs have only where there are any."""
+        about = ("dropped", "fewer", "in_distribution", "unseen_groups")
+        return {
+            name: rows
+            for name, rows in vars(self).items()
+            if name not in about and (rows or not name.startswith(RARE))
+        }
+
+
+def evaluation_prompts(config: DataConfig) -> dict[str, list[str]]:
+    """The prompts of every evaluation set by its name."""
+    asked = (
+        (Kind.seemingly_toxic, config.evaluation.over_refusal),
+        (Kind.toxic, config.evaluation.safety),
     )
-else:
-    __getattr__ = on_demand(__name__, "module")
+    return {
+        name: [row.prompt for row in sources.read(name, root=config.root, kind=kind, scored=True)]
+        for kind, names in asked
+        for name in names
+    }
+
+
+def apart(
+    rows: Sequence[Example], evaluated: Mapping[str, Sequence[str]], near: float
+) -> tuple[list[Example], Counter[str]]:
+    """The rows that are no prompt of these sets, and the counts of the others by reason."""
+    found = overlaps([row.prompt for row in rows], evaluated, near=near)
+    reasons = Counter(
+        f"{'is' if overlap.exact else 'is close to'} a prompt of {overlap.set}"
+        for overlap in found
+        if overlap is not None
+    )
+    return [row for row, overlap in zip(rows, found, strict=True) if overlap is None], reasons
+
+
+class Cleaning:
+    """Reads, cleans and draws the rows of one run, counting what it drops and what is lacking."""
+
+    def __init__(self, config: DataConfig, seed: int, at_most: Sequence[str]) -> None:
+        self.config, self.seed, self.at_most = config, seed, at_most
+        self.dropped: Counter[str] = Counter()
+        self.fewer: dict[str, int] = {}
+        self.evaluated = evaluation_prompts(config)
+
+    def clean(self, node: str, kind: Kind, names: Sequence[str] | None = None) -> list[Example]:
+        """The rows of a node's or the named sources, without evaluation prompts and repeats."""
+        rows: list[Example] = []
+        for name in names or getattr(self.config, node).source:
+            pairs = node in PAIR_NODES
+            read = sources.read(name, root=self.config.root, kind=kind, pairs=pairs)
+            exempt = {name}
+            if names is not None:
+                exempt |= self.contrasts(name)
+            elif node in CONTRASTIVE_NODES:
+                exempt |= self._used(CONTRASTIVE_NODES) | self.contrasts(name)
+            rows += self.apart_from_evaluation(node, read, exempt)
+        return self.once(node, rows)
+
+    def draw(
+        self, rows: list[Example], count: int | None, asked: str
+    ) -> tuple[list[Example], list[Example]]:
+        """`count` rows (all for None) and those left, both in drawn order.
+
+        `asked` is the setting that asks for them. Where there are fewer it gives way, or raises
+        ConfigError if it is none of `at_most`.
+        """
+        if count is not None and count > len(rows):
+            named = f"{asked} asks for {count} rows"
+            if asked.partition("=")[0] not in self.at_most:
+                raise ConfigError(f"{named}: only {len(rows)} are left; ask for fewer")
+            self.fewer[named] = len(rows)
+        drawn = _shuffled(rows, self.seed)
+        return drawn[:count], drawn[count:] if count is not None else []
+
+    def once(self, node: str, rows: list[Example]) -> list[Example]:
+        kept, repeated = sources.drop_duplicates(rows)
+        if repeated:
+            self.dropped[f"{node}: repeats another row"] += len(repeated)
+        return kept
+
+    def apart_from_evaluation(
+        self, node: str, rows: list[Example], exempt: set[str]
+    ) -> list[Example]:
+        against = {s: prompts for s, prompts in self.evaluated.items() if s not in exempt}
+        if not self.config.drop_contaminated or not against:
+            return rows
+        kept, reasons = apart(rows, against, self.config.near_duplicate)
+        self.dropped.update({f"{node}: {why}": count for why, count in reasons.items()})
+        return kept
+
+    def contrasts(self, name: str) -> set[str]:
+        """XSTest's safe and unsafe prompts are contrasts, near each other by design.
+
+        To drop one for the other's sake would take the very rows that are meant to be learnt.
+        """
+        files = {
+            n: sources.SOURCES[n].file for n in [name, *self.evaluated] if n in sources.SOURCES
+        }
+        file = files.get(name)
+        return {n for n, other in files.items() if file is not None and other == file}
+
+    def _used(self, nodes: Sequence[str]) -> set[str]:
+        return {name for node in nodes for name in getattr(self.config, node).source}
+
+    def in_distribution(self, contrastive: bool) -> list[str]:
+        """Evaluation sets that a run is trained on."""
+        used = self._used(("safety", "normal", *(CONTRASTIVE_NODES if contrastive else ())))
+        wholes = {name: s.part_of for name, s in sources.SOURCES.items()}
+        return sorted(n for n in self.evaluated if n in used or wholes.get(n) in used)
+
+
+Added = Callable[[Splits, Cleaning], Splits]
+
+
+# Puts openings before the responses of rows that are learnt, as `recovery` asks for.
+Open = Callable[[TrainConfig, Splits], Splits]
+
+
+def rows_of(settings: TrainConfig) -> Splits:
+    """The rows that a run learns from and is watched on: those of its method, see `split`."""
+    added = extending.ours(settings.table.rows.get(settings.method.value, ""))
+    rows = split(
+        settings.data,
+        settings.dcr.ratio,
+        settings.seed,
+        contrastive=settings.method is Method.dcr,
+        added=added and functools.partial(added, settings),
+        readout=settings.sft.readout if settings.sft.readout.steps else None,
+        at_most=settings.at_most,
+    )
+    if settings.sft.recovery:
+        opened: Open = extending.ours(settings.table.opening)
+        rows = opened(settings, rows)
+    return rows
+
+
+def split(
+    config: DataConfig,
+    ratio: float | None,
+    seed: int,
+    contrastive: bool,
+    added: Added | None = None,
+    readout: ReadoutConfig | None = None,
+    at_most: Sequence[str] = (),
+) -> Splits:
+    """Read every source and draw the rows of both stages (Section 7.1).
+
+    The safety pairs of SFT are drawn first and the toxic prompts of stage one from the rest, so
+    the two are disjoint and a ratio sweep leaves SFT untouched. Rows too near an evaluation
+    prompt are dropped and counted, save those of a source that is itself evaluated on, which
+    make that set in-distribution.
+
+    `ratio` is toxic rows per seemingly toxic one, None for every toxic row left. Without
+    `contrastive` the lists of stage one stay empty. `added` adds the rows of a method of an
+    extension and leaves every other list as it is, as `readout` does with its pairs.
+    Raises ConfigError when a source holds fewer rows than asked for by a setting that is not among
+    `at_most`, and DataError for a pair without a response.
+    """
+    cleaning = Cleaning(config, seed, at_most)
+    normal = cleaning.clean("normal", Kind.normal)
+    pairs = _refusals(cleaning.clean("safety", Kind.toxic), cleaning)
+    refusals, refusals_left = cleaning.draw(pairs, config.safety.count, "data.safety.count")
+    general, general_left = cleaning.draw(normal, config.normal.count, "data.normal.count")
+    refusals_left = refusals_left[: round(config.validation * len(refusals))]
+    general_left = general_left[: round(config.validation * len(general))]
+    rows = Splits(
+        normal=general,
+        refusals=refusals,
+        normal_heldout=general_left,
+        refusals_heldout=refusals_left,
+        in_distribution=cleaning.in_distribution(contrastive),
+    )
+    if contrastive:
+        rows = _with_stage_one(rows, config, ratio, seed, cleaning)
+    if added is not None:
+        rows = added(rows, cleaning)
+    if readout is not None:
+        rows = with_readout(rows, readout, seed, cleaning)
+    return replace(rows, dropped=dict(cleaning.dropped), fewer=cleaning.fewer)
+
+
+def _refusals(pairs: list[Example], cleaning: Cleaning) -> list[Example]:
+    """The pairs that `data.safety` asks for. Raises ConfigError where none of them refuses."""
+    if not cleaning.config.safety.refusals_only:
+        return pairs
+    kept = [row for row in pairs if row.response and is_refusal(row.response)]
+    if pairs and not kept:
+        raise ConfigError(
+            f"data.safety.refusals_only=true: none of {len(pairs)} answers refuses by the keyword "
+            "rules; set it to false to learn them as they are"
+        )
+    if len(kept) < len(pairs):
+        cleaning.dropped["safety: its answer is no refusal"] += len(pairs) - len(kept)
+    return kept
+
+
+def _with_stage_one(
+    rows: Splits, config: DataConfig, ratio: float | None, seed: int, cleaning: Cleaning
+) -> Splits:
+    safe = cleaning.clean("seemingly_toxic", Kind.seemingly_toxic)
+    taken = [*rows.refusals, *rows.refusals_heldout]
+    toxic = without(cleaning.clean("toxic", Kind.toxic), taken)
+    unseen: tuple[list[Example], list[Example]] = ([], [])
+    if config.group_holdout > 0:
+        safe, safe_unseen = sources.split_by_group(safe, config.group_holdout, seed)
+        toxic, toxic_unseen = sources.split_by_group(toxic, config.group_holdout, seed)
+        unseen = (_shuffled(safe_unseen, seed), _shuffled(toxic_unseen, seed))
+    count = config.seemingly_toxic.count
+    safe, safe_left = cleaning.draw(safe, count, "data.seemingly_toxic.count")
+    asked = None if ratio is None else round(ratio * len(safe))
+    toxic, toxic_left = cleaning.draw(toxic, asked, f"dcr.ratio={ratio}")
+    for name, drawn in (("seemingly toxic", safe), ("toxic", toxic)):
+        if not drawn:
+            raise ConfigError(
+                f"data: no {name} row is left for stage one; name another source, or leave it some "
+                "with a lower data.safety.count"
+            )
+    heldout = [
+        (unseen[0] or safe_left)[:HELD_OUT_PAIRS],
+        (unseen[1] or toxic_left)[:HELD_OUT_PAIRS],
+    ]
+    if not all(heldout):  # the paper trains on all of XSTest: one class alone has no pairs to watch
+        heldout = [[], []]
+    return replace(
+        rows,
+        seemingly_toxic=safe,
+        toxic=toxic,
+        seemingly_toxic_heldout=heldout[0],
+        toxic_heldout=heldout[1],
+        unseen_groups=sorted({row.group or row.id for part in unseen for row in part}),
+    )
+
+
+def _by_topic(
+    rows: Sequence[Example], holdout: float, seed: int
+) -> tuple[list[Example], list[Example]]:
+    """(train, held out), with about a share of the topics held out; `group` is then the topic."""
+    named = [replace(row, group=row.category or row.group) for row in rows]
+    return sources.split_by_group(named, holdout, seed)
+
+
+def with_readout(rows: Splits, readout: ReadoutConfig, seed: int, cleaning: Cleaning) -> Splits:
+    """The readout's pairs, of which a share of the topics is held out from both kinds alike."""
+    parts: dict[str, list[Example]] = {}
+    for kind, names in (
+        (Kind.seemingly_toxic, readout.seemingly_toxic),
+        (Kind.toxic, readout.toxic),
+    ):
+        name = f"readout_{kind.value}"
+        kept, heldout = _by_topic(cleaning.clean(name, kind, names), readout.heldout, seed)
+        if not kept:
+            raise ConfigError(f"sft.readout.{kind.value}: no row is left of {', '.join(names)}")
+        parts |= {name: kept, f"{name}_heldout": heldout}
+    evaluated = {*readout.seemingly_toxic, *readout.toxic} & set(cleaning.evaluated)
+    in_distribution = sorted({*rows.in_distribution, *evaluated})
+    return replace(rows, **parts, in_distribution=in_distribution)
+
+
+def _shuffled(rows: list[Example], seed: int) -> list[Example]:
+    return sources.draw(rows, len(rows), seed)
+
+
+def row_record(rows: Splits, about: Mapping[str, Any] | None = None) -> dict[str, object]:
+    """Ids and fingerprint of every list of rows, and what else is told `about` them."""
+    recorded = {name: sources.record(part) for name, part in rows.parts().items()}
+    for name in recorded:
+        if name.startswith(RARE) and not name.endswith("heldout"):  # theirs is no node of `data`
+            recorded[name]["sources"] = sorted({row.source for row in rows.parts()[name]})
+    named = sorted({row.source for part in rows.parts().values() for row in part})
+    own = {name: made for name in named if (made := sources.origin(name))}
+    return {
+        "rows": recorded,
+        "dropped": rows.dropped,
+        "in_distribution": rows.in_distribution,
+        "unseen_groups": rows.unseen_groups,
+        **(about or {}),
+        **({"own": own} if own else {}),
+    }
+
+
+def without(rows: Sequence[Example], others: Sequence[Example]) -> list[Example]:
+    """The rows whose prompts are none of the others'."""
+    taken = {normalise(row.prompt) for row in others}
+    return [row for row in rows if normalise(row.prompt) not in taken]
+
+
+# --- overlap with what is evaluated ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """A prompt's closest relative among the evaluation prompts."""
+
+    set: str  # name of the evaluation set
+    index: int  # its place in that set
+    exact: bool  # equal once normalised
+    similarity: float  # in [0, 1]; 1 when exact
+
+
+def overlaps(
+    prompts: Sequence[str], against: Mapping[str, Sequence[str]], *, near: float = 0.9
+) -> list[Overlap | None]:
+    """Each prompt's closest relative in `against`, or None if none is close enough.
+
+    Exact means equal after `normalise`, over the whole text. Near means a normalised indel
+    similarity, 2·LCS/(a + b), of at least `near` over the first 512 normalised characters. The
+    earlier set and row wins a tie. `near` lies above 0; 1 leaves only exact duplicates.
+    """
+    places = [(name, index) for name, texts in against.items() for index in range(len(texts))]
+    references = [normalise(last_turn(text)) for texts in against.values() for text in texts]
+    first = dict(reversed(list(zip(references, places, strict=True))))  # the earliest wins
+    queries = [normalise(last_turn(prompt)) for prompt in prompts]
+    closest = [Overlap(*first[query], True, 1.0) if query in first else None for query in queries]
+    if near == 1:
+        return closest
+    pending = [i for i, overlap in enumerate(closest) if overlap is None]
+    heads = [queries[i][:COMPARED_CHARACTERS] for i in pending]
+    for row, reference, score in _closest(
+        heads, [text[:COMPARED_CHARACTERS] for text in references], near
+    ):
+        closest[pending[row]] = Overlap(*places[reference], False, score)
+    return closest
+
+
+def _closest(
+    queries: list[str], references: list[str], near: float
+) -> Iterator[tuple[int, int, float]]:
+    """Yields (query, best reference, similarity) for each query with a reference within `near`.
+
+    Similarity cannot exceed 2·min/(a + b), so queries are sorted by length, and a block of them is
+    compared with references of about its lengths alone.
+    """
+    lengths, shrink = np.array([len(text) for text in references]), near / (2 - near)
+    order = sorted(range(len(queries)), key=lambda i: len(queries[i]))
+    for start in range(0, len(order), ROWS_AT_ONCE):
+        block = order[start : start + ROWS_AT_ONCE]
+        least, most = len(queries[block[0]]) * shrink, len(queries[block[-1]]) / shrink
+        # in the caller's order, so that argmax keeps ties
+        window = np.flatnonzero((lengths >= int(least)) & (lengths <= int(most) + 1))
+        if not len(window):
+            continue
+        scores = process.cdist(
+            [queries[i] for i in block],
+            [references[i] for i in window],
+            scorer=fuzz.ratio,
+            score_cutoff=100 * near,
+            dtype=np.float32,
+            workers=-1,
+        )
+        for i, best, score in zip(block, scores.argmax(axis=1), scores.max(axis=1), strict=True):
+            if score > 0:  # rapidfuzz puts 0 below the cut-off
+                yield i, int(window[best]), float(score) / 100

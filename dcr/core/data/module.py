@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dcr.core.config import Stage, TrainConfig
+from dcr.core.data import Splits
 from dcr.core.data.rows import ReadoutRow, Rounds, StageRows, readout_rows
-from dcr.core.data.splits import Splits
 from dcr.core.passes import attention_mask, padded
 from dcr.core.prompts import IGNORED, ChatFormat, PairRow, PromptRow
 

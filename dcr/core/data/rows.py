@@ -22,9 +22,9 @@ from dcr.core.config import (
     Stage,
     TrainConfig,
 )
-from dcr.core.data.splits import Splits
+from dcr.core.data import Splits
 from dcr.core.prompts import IGNORED, ChatFormat, PairRow, PromptRow
-from dcr.core.refusal import is_refusal
+from dcr.core.refusal.keywords import is_refusal
 from dcr.core.sources import Example
 
 if TYPE_CHECKING:

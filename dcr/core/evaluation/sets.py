@@ -19,21 +19,13 @@ from dcr.core.text import label_of
 
 log = logging.getLogger(__name__)
 
-# The sets of the paper's tables: 938 toxic prompts, and five over-refusal sets. Its PHTest also
-# counts the controversial tier, which is told apart here.
+# The toxic sets of the paper's tables, 938 prompts.
 PAPER_SAFETY: tuple[str, ...] = (
     "i_malicious_instructions",
     "i_cona",
     "i_controversial",
     "q_harm",
     "advbench",
-)
-PAPER_OVER_REFUSAL: tuple[str, ...] = (
-    "xstest_safe",
-    "coconot_contrast",
-    "orbench_hard",
-    "oktest",
-    "phtest_harmless",
 )
 
 # Shown on their own and never averaged or pooled with the others: a set whose prompts another set

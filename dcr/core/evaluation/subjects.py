@@ -31,7 +31,7 @@ from dcr.core.evaluation import protocols, sets
 from dcr.core.evaluation.protocols import Answers, Change, Masses, Subject
 from dcr.core.evaluation.sets import PromptSet
 from dcr.core.generation import Completion, Decoding, OpeningBias
-from dcr.core.models import Policy
+from dcr.core.models import Policy, folders
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
 from dcr.core.sources import Example
@@ -144,10 +144,10 @@ class Local(Subject):
     def closed_chat(self) -> ChatFormat:
         """The chat format by the tokenizer alone, before weights are opened."""
         model, source = self.settings.model, self.source
-        if source is None or (self.weights == "base" and not models.is_adapter(source)):
+        if source is None or (self.weights == "base" and not folders.is_adapter(source)):
             tokenizer = models.open_tokenizer(model)
         else:
-            tokenizer = models.result_tokenizer(source, model.trust_remote_code)
+            tokenizer = folders.result_tokenizer(source, model.trust_remote_code)
         return prompts.chat_format(tokenizer, model)
 
     def under(self, settings: EvalConfig) -> "Local":
@@ -172,7 +172,7 @@ class Local(Subject):
             return [self.settings.model.name, self.settings.model.revision]
         if self.weights == "base":
             return _content(self.source)
-        return models.weights_fingerprint(self.source)
+        return folders.weights_fingerprint(self.source)
 
     def identity(self) -> dict[str, object]:
         model, settings = self.settings.model, self.settings
@@ -271,13 +271,13 @@ def opened(subject: Local) -> Policy:
     """The weights in memory as they are, on the device they run on."""
     settings, source = subject.settings, subject.source
     trusted = settings.model.trust_remote_code
-    if source is not None and models.is_adapter(source):
-        policy = models.open_adapter(source, settings.precision, trust_remote_code=trusted)
+    if source is not None and folders.is_adapter(source):
+        policy = folders.open_adapter(source, settings.precision, trust_remote_code=trusted)
     elif source is None or subject.weights == "base":
         policy = models.open_policy(settings.model, settings.precision)
     else:
         held = settings.model.quantization
-        policy = models.open_folder(str(source), settings.precision, trusted, held)
+        policy = folders.open_folder(str(source), settings.precision, trusted, held)
     if getattr(policy.model.generation_config, "sequence_bias", None):
         log.warning(
             "%s: its generation config holds a sequence_bias, which a calibrated export decodes "
@@ -327,9 +327,9 @@ def _content(folder: Path) -> list[str]:
     for file in sorted(folder.iterdir()):
         if file.suffix in (".json", ".jinja", ".model", ".txt") and file.is_file():
             digest.update(file.name.encode() + file.read_bytes())
-    content = [models.weights_fingerprint(folder), digest.hexdigest()[:16]]
-    if models.is_adapter(folder):
-        beneath = Path(models.adapter_base(folder))
+    content = [folders.weights_fingerprint(folder), digest.hexdigest()[:16]]
+    if folders.is_adapter(folder):
+        beneath = Path(folders.adapter_base(folder))
         content += _content(beneath) if beneath.is_dir() else [str(beneath)]
     return content
 

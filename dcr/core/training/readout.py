@@ -17,10 +17,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from dcr.core import models, passes, refusal, statistics
+from dcr.core import passes, refusal, statistics
 from dcr.core.config import ConfigError, ReadoutConfig, Schedule
-from dcr.core.data import NO_CLASS, SEEMINGLY_TOXIC, TOXIC, ReadoutBatch, SafetyData
-from dcr.core.models import Policy
+from dcr.core.data.module import ReadoutBatch, SafetyData
+from dcr.core.data.rows import NO_CLASS, SEEMINGLY_TOXIC, TOXIC
+from dcr.core.models import Policy, structure
 from dcr.core.training import callbacks
 from dcr.core.training.resuming import ResumableModule, adamw, rate_factor
 
@@ -62,7 +63,7 @@ def half_pass(
     with torch.no_grad():
         error = (final_states(model, found) - found.before).abs().max()
     if not error <= 1e-2 * found.before.abs().max():
-        kind = type(models.unwrapped(model)).__name__
+        kind = type(structure.unwrapped(model)).__name__
         raise ConfigError(
             f"sft.readout.blocks={count}: the last blocks of {kind} cannot be run by themselves; "
             "set sft.readout.steps=0"
@@ -72,7 +73,7 @@ def half_pass(
 
 def final_states(model: Any, given: HalfPass) -> Float[Tensor, "places width"]:
     """The final-normed states at the positions that are read, by the weights of now."""
-    hidden, norm = given.rest()[given.read], models.final_norm(model)
+    hidden, norm = given.rest()[given.read], structure.final_norm(model)
     return hidden if norm is None else norm[1](hidden)
 
 
@@ -119,7 +120,9 @@ class ReadoutModule(ResumableModule):
         self.register_buffer("openings", openings, persistent=False)
         for weight in self.model.parameters():
             weight.requires_grad = False
-        for name, weight in models.decoder_blocks(self.model)[-config.blocks :].named_parameters():
+        for name, weight in structure.decoder_blocks(self.model)[
+            -config.blocks :
+        ].named_parameters():
             weight.requires_grad = ".lora_" in name
         self.half_passes: dict[int, HalfPass] = {}  # batches by their numbers
         self.scores: Scores = {TOXIC: [], SEEMINGLY_TOXIC: []}
@@ -178,11 +181,13 @@ class ReadoutModule(ResumableModule):
     def drifted(self, batch: ReadoutBatch) -> Float[Tensor, "places"]:
         """How far the next token has moved at each place of some answers, in nats."""
         with torch.no_grad():
-            before = models.logits(self.model, self.half_passes[batch.number].before)
+            before = structure.logits(self.model, self.half_passes[batch.number].before)
         return drift(before, self.logits(batch))
 
     def logits(self, batch: ReadoutBatch) -> Float[Tensor, "places vocabulary"]:
-        return models.logits(self.model, final_states(self.model, self.half_passes[batch.number]))
+        return structure.logits(
+            self.model, final_states(self.model, self.half_passes[batch.number])
+        )
 
     def validation_step(self, batch: ReadoutBatch, _: int = 0) -> None:
         if not _asks(batch):
@@ -190,7 +195,7 @@ class ReadoutModule(ResumableModule):
             self.moved += [row.tolist() for row in rows]
             return
         states = final_states(self.model, self.half_passes[batch.number])[batch.first]
-        scores = refusal.refusal_log_odds(models.logits(self.model, states), self.openings)
+        scores = refusal.refusal_log_odds(structure.logits(self.model, states), self.openings)
         for score, label in zip(scores.tolist(), batch.labels.tolist(), strict=True):
             self.scores[label].append(score)
 

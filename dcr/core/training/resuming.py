@@ -19,26 +19,52 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.hooks import RemovableHandle
 from torchmetrics import MeanMetric
 
-from dcr.core import extending, machine, models, storage
+from dcr.core import extending, machine, storage
 from dcr.core.config import Moments, Schedule, UserError
-from dcr.core.training import Shards
+from dcr.core.models import structure
 
 log = logging.getLogger(__name__)
 
 KEPT = 2  # the newest checkpoint and one to fall back on
 PEER_LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+@runtime_checkable
+class Shards(Protocol):
+    """Weights split over the processes of a job, and checkpoints that are folders."""
+
+    def strategy(self, processes: int) -> Strategy:
+        """Lightning's strategy that splits them."""
+        ...
+
+    def split(self, model: Any, mesh: DeviceMesh) -> None:
+        """Split a model's weights in place."""
+        ...
+
+    def write(self, checkpoint: dict[str, Any], folder: Path, module: nn.Module) -> None:
+        """Write a checkpoint, whole or not at all; every process calls."""
+        ...
+
+    def read(self, checkpoint: Path, module: nn.Module) -> dict[str, Any]:
+        """A folder's checkpoint, with tensors split as the module's weights are."""
+        ...
+
+    def alike(self, checkpoint: dict[str, Any], module: nn.Module) -> dict[str, Any]:
+        """The checkpoint of one process, its tensors split as the module's weights are."""
+        ...
 
 
 class TrainingError(UserError):
@@ -144,7 +170,7 @@ class ResumableModule(LightningModule):
                 stack.enter_context(metric.sync_context())  # the sums of all ranks, not of one
             state = self.state_dict()
         for name in trainable:
-            if not torch.isfinite(models.whole(torch.linalg.vector_norm(state[name]))):
+            if not torch.isfinite(structure.whole(torch.linalg.vector_norm(state[name]))):
                 raise TrainingError(f"{name} is not finite {self._where()}: no checkpoint written")
         kept = trainable | self._metric_names(state)
         checkpoint["state_dict"] = {name: state[name] for name in state if name in kept}
@@ -188,7 +214,7 @@ class ResumableModule(LightningModule):
     def check_gradients(self) -> None:
         """Raises TrainingError, on every rank, before what is not finite reaches a weight."""
         grads = [p.grad for p in self.parameters() if p.grad is not None]
-        norm = models.whole(torch.nn.utils.get_total_norm(grads)) if grads else torch.zeros(())
+        norm = structure.whole(torch.nn.utils.get_total_norm(grads)) if grads else torch.zeros(())
         if ranks() > 1:
             faulty: list[Any] = [()] * ranks()
             dist.all_gather_object(faulty, self.faulty)
@@ -254,7 +280,7 @@ def adamw(
 def bit_sums(module: torch.nn.Module) -> list[int]:
     """A number for each trainable weight that changes with any of its bits."""
     whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    weights = (models.whole(p.detach()) for p in module.parameters() if p.requires_grad)
+    weights = (structure.whole(p.detach()) for p in module.parameters() if p.requires_grad)
     return [int(w.view(whole[w.element_size()]).sum(dtype=torch.int64)) for w in weights]
 
 
@@ -283,7 +309,7 @@ class VerifiedCheckpointIO(CheckpointIO):
     ) -> None:
         target = Path(path)
         try:
-            if models.is_sharded(self.module):
+            if structure.is_sharded(self.module):
                 self.module.shards.write(checkpoint, target, self.module)
                 return
             for place in (target, _checksum_file(target)):
@@ -307,7 +333,7 @@ class VerifiedCheckpointIO(CheckpointIO):
         if Path(path).is_dir():
             return self.module.shards.read(Path(path), self.module)
         whole = torch.load(path, map_location=map_location or "cpu", weights_only=True)
-        if models.is_sharded(self.module):
+        if structure.is_sharded(self.module):
             return self.module.shards.alike(whole, self.module)
         return whole
 
@@ -390,7 +416,7 @@ class Checkpoints(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.written = trainer.global_step
         if ranks() == 1:
-            self._watch(trainer, models.decoder_blocks(pl_module.model))
+            self._watch(trainer, structure.decoder_blocks(pl_module.model))
         if threading.current_thread() is threading.main_thread():
             # set here, after Lightning has set its own
             self.handlers = {number: signal.signal(number, self._receive) for number in SIGNALS}

@@ -21,7 +21,7 @@ from dcr.core.config import (
     Quantization,
     check_installed,
 )
-from dcr.core.models.opening import (
+from dcr.core.models import (
     Policy,
     check_finite,
     check_tokenizer,
