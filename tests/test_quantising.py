@@ -318,7 +318,7 @@ def test_without_bitsandbytes_only_a_plan_is_made(monkeypatch: pytest.MonkeyPatc
         importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else found(name)
     )
     told = ["model=tiny", "model.quantization=nf4", "method=stl"]
-    with pytest.raises(ConfigError, match=r"nf4: needs bitsandbytes; run pip install 'dcr\[mem"):
+    with pytest.raises(ConfigError, match=r"nf4: needs bitsandbytes; run pip install '\.\[mem"):
         resolving.resolve(tiny_run.composed("train", *told), TrainSettings)
     resolving.resolve(tiny_run.composed("train", *told, "plan=true"), TrainSettings)
 
