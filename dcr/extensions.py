@@ -12,6 +12,7 @@ from dcr import (
     analyses,
     calibration,
     endpoints,
+    gating,
     looks,
     quality,
     robustness,
@@ -26,6 +27,7 @@ from dcr.core import ending
 from dcr.core.config import Part, TrainConfig, TrainTable, is_path
 from dcr.core.config.evaluation import EvalConfig, Table
 from dcr.endpoints import HTTPConfig
+from dcr.gating import GatingConfig
 from dcr.judges import (
     AnnotatorConfig,
     LlamaGuardConfig,
@@ -68,7 +70,11 @@ TABLE = Table(
         Part("dcr.contrast:Contrasted", lambda of: bool(of.gen.contrast)),
         Part("dcr.core.evaluation.subjects:Prefilled", lambda of: of.gen.prefill is not None),
         Part("dcr.thinking.reasoning:Thinking", lambda of: of.gen.thinking is not None),
-        Part("dcr.calibration.biases:Calibrated", lambda of: of.calibrate is not None),
+        Part(
+            "dcr.calibration.biases:Calibrated",
+            lambda of: of.calibrate is not None and of.gate is None,
+        ),
+        Part("dcr.gating.answers:Gated", lambda of: of.gate is not None),
         Part("dcr.looks.counting:Counted", lambda of: of.final.plan is not None),
     ),
     endpoint="dcr.endpoints.subject:Served",
@@ -80,6 +86,7 @@ TABLE = Table(
         endpoints.relations,
         steering.relations,
         calibration.relations,
+        gating.relations,
         quality.relations,
         robustness.relations,
         looks.relations,
@@ -111,6 +118,9 @@ class EvalSettings(EvalConfig):
 
     table: ClassVar[Table] = TABLE
 
+    # A gate's folder, see dcr.gate: it refuses prompts, and the weights answer the others.
+    gate: str | None = None
+    gating: GatingConfig = field(default_factory=GatingConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     steering: SteeringConfig = field(default_factory=SteeringConfig)
     http: HTTPConfig = field(default_factory=HTTPConfig)

@@ -80,7 +80,7 @@ def check(settings: EvalConfig, made_with: Mapping[str, Any]) -> None:
 
     `made_with` is the configuration of the run that is calibrated.
     """
-    if share_of(settings) is None and _exported(settings) is None:
+    if share_of(settings) is None and exported_bias(settings) is None:
         subjects.final(settings, _reference(settings))
     if made_with["method"] not in {method.value for method in Method}:
         return
@@ -121,7 +121,7 @@ def share_of(settings: EvalConfig) -> float | None:
     return share
 
 
-def _exported(settings: EvalConfig) -> float | None:
+def exported_bias(settings: EvalConfig) -> float | None:
     """The bias of a calibrated export, if `calibrate` names its folder; ConfigError if it has none.
 
     A model that was trained further from the export is so evaluated under the same bias.
@@ -166,16 +166,23 @@ class Calibrated(Change):
     def prepared(self, subject: Local) -> dict[str, Any]:
         """Gives the subject its bias, chosen on validation prompts beside its plain answers."""
         plain = subject.folder
-        by_set = _stored_beginnings(subject, validation(subject.settings), plain)
-        # stored, so that a command whose answers are all there opens no weights
-        file = plain / "opening.json"
-        if not file.is_file():
-            storage.write_json(file, opening_place(subject.plain_chat()))
-        place = storage.read_json(file, Place)
+        by_set = stored_beginnings(subject, validation(subject.settings), plain)
+        place = stored_place(subject, plain)
         subject.bias, record = choose_bias(subject.settings, place, by_set)
         for edits in plain.glob("steering.json"):
             storage.write_bytes(subject.folder / edits.name, edits.read_bytes())
         return {"calibration": record}
+
+
+def stored_place(subject: Local, folder: Path) -> Place:
+    """The `opening_place` of a subject; `folder` keeps it, so that not each command opens weights.
+
+    Raises ConfigError as that does.
+    """
+    file = folder / "opening.json"
+    if not file.is_file():
+        storage.write_json(file, opening_place(subject.plain_chat()))
+    return storage.read_json(file, Place)
 
 
 def validation(settings: EvalConfig, limit: int | None = None) -> list[PromptSet]:
@@ -187,7 +194,7 @@ def validation(settings: EvalConfig, limit: int | None = None) -> list[PromptSet
     ]
 
 
-def _stored_beginnings(
+def stored_beginnings(
     subject: Local, sets: Sequence[PromptSet], folder: Path
 ) -> dict[str, list[Beginnings]]:
     """The beginnings for every prompt; `folder` keeps them, and only missing ones are generated."""
@@ -288,13 +295,13 @@ def opening_place(chat: ChatFormat) -> Place:
     lead = chat.lead()
     if not lead:
         raise ConfigError(
-            "calibrate: no token of the chat template stands between the user's words and the "
-            "answer, so a bias cannot find its beginning; name another model.template"
+            "calibrate, gate: no token of the chat template stands between the user's words and "
+            "the answer, so a bias cannot find its beginning; name another model.template"
         )
     if lead[0] not in chat.stop:
         log.warning(
-            "calibrate: no end token stands before %r in the chat template: the bias acts a second "
-            "time in an answer that holds these words",
+            "calibrate, gate: no end token stands before %r in the chat template: the bias acts a "
+            "second time in an answer that holds these words",
             chat.tokenizer.decode(lead),
         )
     return Place(lead=lead, tokens=refusal.refusal_openings(chat).tolist())
@@ -329,10 +336,10 @@ def choose_bias(
 
     toxic, exported = rows_of(settings.node(CalibrationConfig).toxic), None
     if (share := share_of(settings)) is None:
-        exported = _exported(settings)
+        exported = exported_bias(settings)
     if exported is not None:
         share = sum(row.refused(exported) for row in toxic) / len(toxic)
-    share = _reference_share(settings) if share is None else share
+    share = reference_share(settings) if share is None else share
     bias = bias_for(toxic, share) if exported is None else exported
     reached = sum(row.refused(bias) for row in toxic)
     if not reached and exported is None:
@@ -389,7 +396,7 @@ def _between(low: float, high: float) -> float:
     return low + BEYOND if math.isinf(high) else (low + high) / 2
 
 
-def _reference_share(settings: EvalConfig) -> float:
+def reference_share(settings: EvalConfig) -> float:
     """The share of the toxic prompts that the reference run refuses in its plain answers."""
     run = _reference(settings)
     beside = replace(
@@ -400,7 +407,7 @@ def _reference_share(settings: EvalConfig) -> float:
     toxic = [b for b in validation(settings) if b.kind is Kind.toxic]
     subject = subjects.final(beside, run)
     with subject:
-        by_set = _stored_beginnings(subject, toxic, subject.folder)
+        by_set = stored_beginnings(subject, toxic, subject.folder)
     rows = [row for part in by_set.values() for row in part]
     refused = sum(row.refused(0) for row in rows)
     if not refused:

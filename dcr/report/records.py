@@ -179,7 +179,8 @@ def steering(evaluation: Evaluation) -> str:
 def unedited(evaluation: Evaluation) -> bool:
     """Whether the evaluation is of plain weights, without steering or another decoding."""
     return not (
-        steering(evaluation) or {*CONTRASTS, "calibrate", "prefill"} & set(evaluation.settings)
+        steering(evaluation)
+        or {*CONTRASTS, "calibrate", "gate", "prefill"} & set(evaluation.settings)
     )
 
 
@@ -424,6 +425,7 @@ def label_of(run: RunRecord, evaluation: Evaluation, with_model: bool) -> tuple[
         about(run, evaluation, "seed"),
     )
     target, words = settings.get("calibrate"), settings.get("prefill")
+    before = settings.get("gate")
     trained = (
         f"+ {edit}" if edit and edit != method else "",
         other_preset(about(run, evaluation, "preset")),
@@ -431,6 +433,7 @@ def label_of(run: RunRecord, evaluation: Evaluation, with_model: bool) -> tuple[
     )
     parts = (
         METHODS[method] if method == "base" else called(run, method, evaluation.weights),
+        "" if before is None else printable(f"behind {before['name']}"),
         "" if target is None else printable(f"calibrated to {target}"),
         "" if words is None else printable(f"prefilled {words!r}"),
         *(trained if method != "base" else ()),
@@ -461,7 +464,7 @@ def seed_groups(columns: Sequence[Column]) -> list[Group]:
         kept = tuple(part for part in first.label if not part.startswith("seed "))
         if len(seeds) > 1:
             groups.append(Group((*kept, f"{len(seeds)} seeds"), tuple(alike), first.style))
-    edits = ("steering", "calibrate", *CONTRASTS)
+    edits = ("steering", "calibrate", "gate", *CONTRASTS)
     less = []
     for a in groups:
         one = columns[a.places[0]]

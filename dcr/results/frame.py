@@ -106,9 +106,18 @@ def edit(settings: Mapping[str, Any]) -> str:
     parts += [f"{key}={settings[key]}" for key in CONTRASTS if settings.get(key) is not None]
     if settings.get("prefill") is not None:
         parts.append(f"prefill={settings['prefill']!r}")
+    if settings.get("gate") is not None:
+        parts.append(gate(settings["gate"]))
     if settings.get("calibrate") is not None:
         parts.append(f"calibrate={settings['calibrate']}")
     return " ".join(parts)
+
+
+def gate(about: Mapping[str, Any]) -> str:
+    """The gate in front of a model: its name, a threshold that was set, and who else refuses."""
+    parts = [f"gate={about['name']}"]
+    parts += [f"threshold={about['threshold']:g}"] if "threshold" in about else []
+    return " ".join([*parts, *([] if about["alone"] else ["beside the model's refusals"])])
 
 
 def steering(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,7 +136,8 @@ def _all(metrics: Metrics) -> Iterator[TidyRow]:
             marks = {"in_distribution": known, "contaminated": contaminated(metrics, name)}
             yield {"set": name, "kind": counts.kind.value} | marks | row
     if calibration := metrics.calibration:
-        yield {"quantity": "calibration/bias", "value": _value(calibration.bias)}
+        chosen = "bias" if calibration.threshold is None else "threshold"
+        yield {"quantity": f"calibration/{chosen}", "value": _value(getattr(calibration, chosen))}
         for name, of in calibration.sets.items():
             about = {"set": name, "kind": of.kind.value}
             yield _rate("calibration/refused", of.refused, of.n, **about)

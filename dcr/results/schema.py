@@ -98,11 +98,13 @@ class CalibratedSet(Record):
 
 
 class Calibration(Record):
-    """A bias on the first token of refusals, and the share of toxic prompts that it is for."""
+    """A bias on the first token of refusals, or a gate's threshold, and the share of toxic prompts
+    that it is for. Behind a gate, `plain` counts the model alone, and `opened` the gate alone."""
 
     target: Number
     run: str | None = None  # that refuses this share
-    bias: Number
+    bias: Number = None
+    threshold: Number = None
     sets: dict[str, CalibratedSet] = {}
 
 

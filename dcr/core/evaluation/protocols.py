@@ -21,10 +21,12 @@ if TYPE_CHECKING:
     from dcr.core.generation import Completion, Decoding
     from dcr.core.models import Policy
     from dcr.core.prompts import ChatFormat
+    from dcr.core.sources import Example
 
 Answers = Mapping[str, "list[Completion]"]  # by set
 Rules = Mapping[str, Callable[[str], str]]  # the outcome of a response by keywords, by name
 Masses = Mapping[str, Mapping[str, float]]  # refusal masses by set, and by id of its prompts
+Ask = Callable[["list[Example]"], "Iterator[list[Completion]]"]  # batches of answers to rows
 
 
 class Subject(ABC):
@@ -114,6 +116,14 @@ class Change:
 
     def before(self, subject: Any, asked: Sequence["PromptSet"], folder: Path) -> None:
         """Makes what answers to these sets begin behind, kept in `folder`."""
+
+    def answering(self, subject: Any, asked: Sequence["PromptSet"], folder: Path, ask: Ask) -> Ask:
+        """Another way to answer rows of these sets, whose answers `folder` keeps, than `ask`."""
+        return ask
+
+    def masses(self, subject: Any, asked: Sequence["PromptSet"], folder: Path) -> "Masses | None":
+        """Refusal masses in place of those of the weights."""
+        return None
 
     def measured(self, answers: Answers, folder: Path) -> dict[str, Any]:
         """Blocks of `metrics.json`, of what `folder` holds beside the answers."""

@@ -28,7 +28,7 @@ from dcr.core.config import (
 )
 from dcr.core.config.evaluation import AUTO_LENGTH, EvalConfig
 from dcr.core.evaluation import protocols, sets
-from dcr.core.evaluation.protocols import Answers, Change, Masses, Subject
+from dcr.core.evaluation.protocols import Answers, Ask, Change, Masses, Subject
 from dcr.core.evaluation.sets import PromptSet
 from dcr.core.generation import Completion, Decoding, OpeningBias
 from dcr.core.models import Policy, folders
@@ -230,9 +230,12 @@ class Local(Subject):
             sizes.add(len(batch))
             return batch
 
-        def ask(rows: list[Example]) -> Iterator[list[Completion]]:
+        def plainly(rows: list[Example]) -> Iterator[list[Completion]]:
             return map(noted, self.answer(rows))
 
+        ask: Ask = plainly
+        for change in protocols.changes(self.settings):
+            ask = change.answering(self, asked, folder, ask)
         progress = self.settings.trainer.progress
         given = sets.kept(asked, ask, folder, Completion, "generating", progress)
         if sizes:
@@ -256,7 +259,10 @@ class Local(Subject):
         )
 
     def masses(self, asked: Sequence[PromptSet], folder: Path) -> tuple[Masses, None]:
-        """The masses by one forward pass a prompt, kept in `folder`."""
+        """The masses by one forward pass a prompt, kept in `folder`, or those of a change."""
+        for change in protocols.changes(self.settings):
+            if (masses := change.masses(self, asked, folder)) is not None:
+                return masses, None
         self.begin(asked, folder)
         place, progress = folder / "openings", self.settings.trainer.progress
         read = sets.kept(asked, self.openings, place, Opening, "reading", progress)
