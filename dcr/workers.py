@@ -5,6 +5,7 @@ answer depends on the process that gave it.
 """
 
 import copy
+import math
 import multiprocessing
 import os
 import signal
@@ -52,8 +53,13 @@ class Shared(Local):
 
 
 def _cut(subject: Local, rows: list[Example], processes: int) -> list[list[Example]]:
-    gen, decoding = subject.settings.gen, subject.decoding()
-    return generation.cut(subject.policy(), subject.chat(), rows, gen, processes, decoding)
+    """The batches of `generation.complete`; without a set size, enough for all processes."""
+    policy, chat, gen = subject.policy(), subject.chat(), subject.settings.gen
+    waiting, size = generation.ordered(policy, chat, rows, gen, subject.decoding())
+    if gen.batch_size is None:
+        size = min(size, math.ceil(len(waiting) / processes)) or 1
+    firsts = range(0, len(waiting), size)
+    return [[row for row, _ in waiting[first : first + size]] for first in firsts]
 
 
 def _cut_openings(subject: Local, rows: list[Example], _processes: int) -> list[list[Example]]:

@@ -393,7 +393,7 @@ def test_rows_with_thoughts_are_refused(tmp_path: Path) -> None:
     ],
 )
 def test_a_servers_thought_is_no_part_of_its_answer(text: str, answer: str) -> None:
-    assert thoughts.answer_of(text) == answer
+    assert served.without_thought(text) == answer
 
 
 def test_a_server_that_keeps_thoughts_apart_may_have_no_answer() -> None:

@@ -112,31 +112,12 @@ def complete(
     Raises DataError for a prompt longer than the model's context, and ConfigError if the model or
     its template does not allow the decoding.
     """
-    waiting, size = _waiting(policy, chat, rows, settings, decoding, encode)
+    waiting, size = ordered(policy, chat, rows, settings, decoding, encode)
     decode = functools.partial(_answered, policy, chat, settings, score, bias, decoding, decided)
     yield from machine.halving(waiting, size, "gen.batch_size", decode)
 
 
-def cut(
-    policy: Policy,
-    chat: ChatFormat,
-    rows: Sequence[Example],
-    settings: GenConfig,
-    processes: int,
-    decoding: Decoding | None = None,
-) -> list[list[Example]]:
-    """The batches that `complete` makes of the rows; without a set size, enough for all processes.
-
-    Raises DataError and ConfigError as `complete` does.
-    """
-    waiting, size = _waiting(policy, chat, rows, settings, decoding)
-    if settings.batch_size is None:
-        size = min(size, math.ceil(len(waiting) / processes)) or 1
-    firsts = range(0, len(waiting), size)
-    return [[row for row, _ in waiting[first : first + size]] for first in firsts]
-
-
-def _waiting(
+def ordered(
     policy: Policy,
     chat: ChatFormat,
     rows: Sequence[Example],
@@ -144,7 +125,10 @@ def _waiting(
     decoding: Decoding | None,
     encode: Callable[[str], list[int]] | None = None,
 ) -> tuple[list[Encoded], int]:
-    """The rows in the order of their answers, and the batch size."""
+    """The rows in the order in which `complete` answers them, and the batch size.
+
+    Raises DataError and ConfigError as that does.
+    """
     chat.check(rows)
     encode = encode or chat.prompt_ids
     waiting = [(row, encode(row.prompt)) for row in rows]

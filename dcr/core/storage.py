@@ -8,7 +8,6 @@ import fcntl
 import functools
 import hashlib
 import json
-import logging
 import os
 import shutil
 import socket
@@ -27,7 +26,6 @@ from safetensors import SafetensorError
 from dcr.core.config import DataError, UserError
 
 T = TypeVar("T")
-log = logging.getLogger(__name__)
 
 STAGING = ".writing-"  # prefix of the name of a file or folder until it is whole
 ASIDE = ".old"  # suffix of the name of a folder while another takes its place

@@ -71,14 +71,6 @@ def answer_in(text: str, marks: Marks) -> str:
     return "" if text.lstrip().startswith(marks.opens.strip()) else text
 
 
-def answer_of(text: str) -> str:
-    """The answer in the text of a server, whose template is not known: of marks that are tags."""
-    for marks in MARKS:
-        if marks.answers == marks.closes and (behind := answer_in(text, marks)) != text:
-            return behind
-    return text
-
-
 def opens_one(text: str) -> bool:
     """Whether a text begins with a mark that opens a thought, or is the token that begins one."""
     begun = text.strip()

@@ -165,8 +165,16 @@ def complete(
     theirs = {k: v for k, v in server.parameters.items() if k not in ("logprobs", "top_logprobs")}
     asked = replace(server, parameters=ours | theirs)
     for row, answer in replies(asked, http, rows, system_prompt):
-        text, ended = thoughts.answer_of(answer.text).strip(), answer.finish == "stop"
+        text, ended = without_thought(answer.text).strip(), answer.finish == "stop"
         yield [Completion(row.id, row.prompt, text, answer.completion_tokens, ended, None)]
+
+
+def without_thought(text: str) -> str:
+    """The answer in the text of a server, whose template is not known: of marks that are tags."""
+    for marks in thoughts.MARKS:
+        if marks.answers == marks.closes and (behind := thoughts.answer_in(text, marks)) != text:
+            return behind
+    return text
 
 
 def replies(
