@@ -16,7 +16,7 @@ from tiny_run import CONF, WORDS, write_jsonl
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from dcr import eval as eval_entry
-from dcr import report, results
+from dcr import results
 from dcr.core import cli, models, prompts, refusal, sources, storage
 from dcr.core.config import ConfigError, DataError, Kind, ModelConfig, Precision
 from dcr.core.evaluation import metrics, subjects
@@ -24,6 +24,7 @@ from dcr.core.models import Policy
 from dcr.core.runs import Run
 from dcr.extensions import EvalSettings
 from dcr.gating import answers, classifier
+from dcr.report import building
 
 NEW = 5
 WORDS_OF_REFUSAL = "No, says the gate."
@@ -218,7 +219,7 @@ def test_calibration_chooses_the_threshold_on_its_own_prompts(
     frame = results.load(tmp_path / "base")
     assert set(frame["edit"]) == {"gate=gate calibrate=0.6"}
     assert frame.query("quantity == 'calibration/threshold'")["value"].tolist() == [threshold]
-    page = report.build([tmp_path / "base"], tmp_path / "page.html")
+    page = building.build([tmp_path / "base"], tmp_path / "page.html")
     assert "behind gate" in page
     assert "did not finish" not in page
 

@@ -314,12 +314,18 @@ def calibrated(
 
     Raises ConfigError as `choose_bias` and `opening_place` do.
     """
+    return choose_bias(settings, opening_place(chat), read_beginnings(policy, chat, settings))
+
+
+def read_beginnings(
+    policy: Policy, chat: ChatFormat, settings: EvalConfig
+) -> dict[str, list[Beginnings]]:
+    """The beginnings of the answers to the validation prompts, by set, from weights in memory."""
     new = settings.gen.most
-    read = {
+    return {
         asked.name: [row for batch in beginnings(policy, chat, asked.rows, new) for row in batch]
         for asked in validation(settings)
     }
-    return choose_bias(settings, opening_place(chat), read)
 
 
 def choose_bias(

@@ -157,7 +157,8 @@ def _batches(settings: TrainConfig, recipe: Recipe, rows: Splits, chat: ChatForm
     context = models.facts(settings.model).context
     batches = SafetyData(Stage.contrastive, rows, chat, replace(settings, dcr=node), context)
     lengths, size = [len(row.ids) for row in batches.rows.prompts], recipe.batch_size
-    batches.sampler.order = functools.partial(alike, lengths, size)
+    sampler: Any = batches.sampler
+    sampler.order = functools.partial(alike, lengths, size)
     return batches
 
 

@@ -16,13 +16,15 @@ from pydantic import FiniteFloat
 
 from dcr.calibration import CalibrationConfig, biases
 from dcr.calibration.biases import Beginnings
-from dcr.core import models, storage
+from dcr.core import storage
 from dcr.core.config import ConfigError
 from dcr.core.config.evaluation import EvalConfig
 from dcr.core.evaluation.protocols import Ask, Change, Masses
 from dcr.core.evaluation.sets import PromptSet, kept, set_name
 from dcr.core.evaluation.subjects import Local
 from dcr.core.generation import Completion, OpeningBias
+from dcr.core.models import Policy, folders
+from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
 from dcr.core.sources import Example
 from dcr.gating import SHUT, GatingConfig, Record, classifier, folder_of
@@ -60,7 +62,7 @@ class Gated(Change):
         folder = folder_of(subject.settings)
         words = classifier.record_of(folder)["refusal"]
         threshold = threshold_of(subject.settings)
-        return {"gate": [models.weights_fingerprint(folder), words, threshold]}
+        return {"gate": [folders.weights_fingerprint(folder), words, threshold]}
 
     def prepared(self, subject: Local) -> dict[str, Any]:
         """Gives the subject its threshold, and the bias with which the gate decides alone."""
@@ -79,8 +81,7 @@ class Gated(Change):
             node = replace(node, threshold=threshold)
             subject.settings = replace(settings, gating=node)  # pyright: ignore[reportCallIssue]
         if node.alone:
-            place = biases.stored_place(bare, plain)
-            subject.bias = OpeningBias(tuple(place["lead"]), tuple(place["tokens"]), SHUT)
+            subject.bias = shut(biases.stored_place(bare, plain))
         for edits in plain.glob("steering.json"):
             storage.write_bytes(subject.folder / edits.name, edits.read_bytes())
         return blocks
@@ -106,6 +107,11 @@ class Gated(Change):
         }
 
 
+def shut(place: biases.Place) -> OpeningBias:
+    """The bias under which no answer opens with a refusal's first token."""
+    return OpeningBias(tuple(place["lead"]), tuple(place["tokens"]), SHUT)
+
+
 def threshold_of(settings: EvalConfig) -> float:
     """The threshold that is set or was chosen, else the gate's own."""
     given = settings.node(GatingConfig).threshold
@@ -115,7 +121,7 @@ def threshold_of(settings: EvalConfig) -> float:
 def scored(subject: Local, asked: Sequence[PromptSet]) -> dict[str, list[Scored]]:
     """The scores of the prompts of each set; the run keeps them, and missing ones open the gate."""
     settings, folder = subject.settings, folder_of(subject.settings)
-    of = [models.weights_fingerprint(folder), settings.precision.value]
+    of = [folders.weights_fingerprint(folder), settings.precision.value]
 
     def ask(rows: list[Example]) -> Iterator[list[Scored]]:
         trusted, accelerator = settings.model.trust_remote_code, settings.trainer.accelerator
@@ -153,6 +159,21 @@ def check(settings: EvalConfig, made_with: Mapping[str, Any], record: Record) ->
                 f"calibration.{kind}=[{min(both)}]: the gate was trained on it; name prompts of "
                 "another origin"
             )
+
+
+def calibrated(
+    policy: Policy, chat: ChatFormat, settings: EvalConfig
+) -> tuple[float, dict[str, Any]]:
+    """The threshold that `calibrate` asks for with weights that are open, and its record."""
+    trusted = settings.model.trust_remote_code
+    gate = classifier.open_gate(folder_of(settings), settings.precision, trust_remote_code=trusted)
+    scores = {
+        b.name: dict(
+            zip([r.id for r in b.rows], gate.scores([r.prompt for r in b.rows]), strict=True)
+        )
+        for b in biases.validation(settings)
+    }
+    return choose_threshold(settings, biases.read_beginnings(policy, chat, settings), scores)
 
 
 def choose_threshold(
