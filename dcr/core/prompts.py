@@ -62,12 +62,16 @@ class PromptRow:
 
 @dataclass(frozen=True)
 class PairRow:
-    """A tokenised prompt with its response; `targets[t]` is what position t must predict."""
+    """A tokenised prompt with its response; `targets[t]` is what position t must predict.
+
+    `beside` is the pair behind an opening that is learnt in the same step.
+    """
 
     id: str
     ids: list[int]
     targets: list[int]
     refusal: bool
+    beside: "PairRow | None" = None
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,8 @@ def load_of(settings: TrainConfig, batches: StageRows, prefix: int | None = None
     full: list[Sequence[PromptRow | PairRow]] = []
     for places in batches.sampler:
         if batches.stage is Stage.sft:
-            full += batches.sft_step([batches.pairs[place] for place in places])
+            pairs = [batches.pairs[place] for place in places]
+            full += batches.sft_step(pairs) + batches.recovery_step(pairs)
             continue
         rows, general = batches.contrastive_step([batches.prompts[place] for place in places])
         (trunk if short else full).append(rows)

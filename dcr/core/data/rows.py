@@ -36,6 +36,7 @@ TOXIC, SEEMINGLY_TOXIC = 1, 0  # class labels of stage one (Section 5)
 LABELS = {Kind.seemingly_toxic: SEEMINGLY_TOXIC, Kind.toxic: TOXIC}
 NO_CLASS = -1  # of a row that only keeps a rank in step with the others: no loss looks at it
 HELD_OUT_BATCH = 16  # rows of one validation pass
+RECOVERED = 4  # tokens behind an opening that are learnt: those that tell a refusal from an answer
 
 # of the readout
 GENERAL_ROWS = 2  # instruction rows in a step, to whose answers the model is held
@@ -215,8 +216,7 @@ class StageRows:
             if len({row.label for row in self.prompts}) < 2:
                 raise ConfigError("data: stage one needs seemingly toxic and toxic prompts, both")
             if self.dcr.nll.source is NLLSource.general and self.dcr.nll.weight > 0:
-                plain = [replace(row, opening=None) for row in rows.normal]  # openings are SFT's
-                self.general = self._pairs(chat, plain, refusal=False)
+                self.general = self._pairs(chat, rows.normal, refusal=False)
                 if not self.general:
                     raise _none_fits(self.sft)
         else:
@@ -225,6 +225,7 @@ class StageRows:
             self.pairs += self._pairs(chat, rows.augmented, refusal=False)
             if not self.pairs:
                 raise _none_fits(self.sft)
+            self.pairs = self._beside(chat, rows.recovery)
             self.heldout = self._pairs(chat, rows.normal_heldout, refusal=False)
             self.heldout += self._pairs(chat, rows.refusals_heldout, refusal=True)
         self.sampler = self._sampler()
@@ -246,13 +247,29 @@ class StageRows:
                 row.response or "",
                 self.sft.max_len,
                 self.sft.train_on_prompt,
-                opening_ids(chat, row),
             )
             if ids:
                 made.append(PairRow(row.id, ids, targets, refusal))
             else:
                 self.too_long.append(row.id)
         return made
+
+    def _beside(self, chat: ChatFormat, rows: list[Example]) -> list[PairRow]:
+        """SFT's pairs, and beside them, evenly, those behind openings, cut where they decide."""
+        decisive: list[PairRow] = []
+        for row in rows:
+            opening = opening_ids(chat, row)
+            asked, said = row.prompt, row.response or ""
+            ids, targets = chat.pair(asked, said, self.sft.max_len, opening=opening)
+            first = next((place for place, t in enumerate(targets) if t != IGNORED), len(ids))
+            if first < len(ids):
+                end = first + RECOVERED
+                decisive.append(PairRow(row.id, ids[:end], targets[:end], refusal=False))
+        found = list(self.pairs)
+        for number, row in enumerate(decisive):
+            place = number * len(found) // len(decisive)
+            found[place] = replace(found[place], beside=row)
+        return found
 
     def _sampler(self) -> EpochBatches:
         if self.stage is Stage.contrastive:
@@ -275,6 +292,11 @@ class StageRows:
             most = max(len(self._groups(rows, rank)) for rank in range(self.world))
             groups += [_unlearnt(rows)] * (most - len(groups))
         return groups
+
+    def recovery_step(self, rows: Sequence[PairRow]) -> list[list[PairRow]]:
+        """The same of the pairs behind openings that stand beside a step's; of none, none."""
+        beside = [row.beside for row in rows if row.beside is not None]
+        return self.sft_step(beside) if beside else []
 
     def _groups(self, rows: Sequence[PairRow], rank: int) -> list[list[PairRow]]:
         mine = list(share(rows, rank, self.world)) or _unlearnt(rows)
@@ -382,7 +404,7 @@ def readout_rows(chat: ChatFormat, rows: Splits, config: SFTConfig, seed: int) -
     """Draws every batch that `config.readout` asks for, the same for the same seed."""
     phase, drawing = config.readout, generator(seed, config.readout.steps)
     learnt = _alternating(
-        readout_prompts(chat, _reworded(rows.readout_toxic, rows.refusals), TOXIC),
+        readout_prompts(chat, reworded(rows.readout_toxic, rows.refusals), TOXIC),
         readout_prompts(chat, rows.readout_seemingly_toxic, SEEMINGLY_TOXIC),
         drawing,
     )
@@ -402,10 +424,10 @@ def readout_rows(chat: ChatFormat, rows: Splits, config: SFTConfig, seed: int) -
     )
 
 
-def _reworded(rows: Sequence[Example], refusals: Sequence[Example]) -> list[Example]:
+def reworded(rows: Sequence[Example], refusals: Sequence[Example]) -> list[Example]:
     """Toxic rows with SFT's refusals in turn, since behind another's words it goes on with advice.
 
-    Only the first tokens of a refusal are learnt here, which suit any prompt.
+    Only the first tokens of a refusal are learnt so, which suit any prompt.
     """
     words = [row.response for row in refusals if row.response and is_refusal(row.response)]
     if not words:
@@ -463,8 +485,7 @@ def _answers(
     """The first rows, read at the first answer token that is not `skipped` and some behind it."""
     found: list[ReadoutRow] = []
     for row in rows[:count]:
-        opening = opening_ids(chat, row)
-        ids, targets = chat.pair(row.prompt, row.response or "", max_len, opening=opening)
+        ids, targets = chat.pair(row.prompt, row.response or "", max_len)
         answer = [place for place, target in enumerate(targets) if target != IGNORED]
         places = answer[skipped : skipped + ANSWER]
         drawn = permutation(len(places), drawing)[:ANSWER_PLACES]
