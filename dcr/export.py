@@ -245,13 +245,13 @@ def _put_in_full(
 
     Returns how far each of its layers is from the base's own, and the first logits before.
     """
-    from dcr.core.models import folders, structure
+    from dcr import dequantising
 
-    whole = folders.open_base(folder, settings.model.trust_remote_code)
-    errors = structure.rounding_errors(policy.model, whole)
+    whole = dequantising.open_base(folder, settings.model.trust_remote_code)
+    errors = dequantising.rounding_errors(policy.model, whole)
     del whole
     before = _first_logits(policy, chat, settings)
-    structure.dequantise(policy.model)
+    dequantising.dequantise(policy.model)
     return errors, before
 
 

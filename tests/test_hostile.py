@@ -123,7 +123,7 @@ def test_a_template_that_leaves_its_sandbox_is_refused_before_weights_are_read(
             else json.dumps(json.loads(file.read_text()) | {"chat_template": f"{{{{ {call} }}}}"})
         )
     storage.write_checksums(folder)
-    monkeypatch.setattr(folders, "whole_model", lambda *_, **__: pytest.fail("opened"))
+    monkeypatch.setattr(models, "whole_model", lambda *_, **__: pytest.fail("opened"))
     for words in (("dcr.chat",), ("dcr.export", "out=out")):
         ended = command(*words, f"run={stranger.folder}")
         assert ended.code == 2
@@ -136,7 +136,7 @@ def test_a_device_in_the_place_of_answers_is_refused_before_weights_are_read(
 ) -> None:
     shutil.rmtree(stranger.folder / "eval", ignore_errors=True)
     (stranger.folder / "eval").symlink_to("/dev/zero")
-    monkeypatch.setattr(folders, "whole_model", lambda *_, **__: pytest.fail("opened"))
+    monkeypatch.setattr(models, "whole_model", lambda *_, **__: pytest.fail("opened"))
     ended = command("eval.py", f"run={stranger.folder}", *ASKED)
     assert ended.code == 2
     assert "eval: a file or a device, not a folder; move it away" in ended.error
@@ -147,7 +147,7 @@ def test_a_damaged_evaluation_ends_an_export_before_weights_are_read(
 ) -> None:
     file = stranger.evaluation("sft-damaged") / "metrics.json"
     storage.write_text(file, "{")
-    monkeypatch.setattr(folders, "whole_model", lambda *_, **__: pytest.fail("opened"))
+    monkeypatch.setattr(models, "whole_model", lambda *_, **__: pytest.fail("opened"))
     ended = command("dcr.export", f"run={stranger.folder}", "out=out")
     assert ended.code == 2
     assert str(file) in ended.error
@@ -221,14 +221,6 @@ def test_only_regular_files_are_read(model: Path, name: str, special: str) -> No
     if name == "model.safetensors":
         with pytest.raises(UserError, match="a pipe or device"):
             folders.weights_fingerprint(model)
-
-
-def test_a_folder_in_the_place_of_weights_is_named(stranger: Run) -> None:
-    file = stranger.stage("sft") / "adapter_model.safetensors"
-    file.unlink()
-    file.symlink_to("/")
-    with pytest.raises(UserError, match=r"adapter_model\.safetensors: cannot be read .a folder"):
-        storage.check_checksums(stranger.stage("sft"))
 
 
 def reweighed(model: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> None:

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
+from dcr import dequantising, export, plan, train
 from dcr import eval as evaluation
-from dcr import export, plan, train
 from dcr.core import cli, machine, models, passes
 from dcr.core.config import (
     ConfigError,
@@ -71,7 +71,7 @@ def narrowed(precision: Precision = Precision.fp32, dtype: torch.dtype = torch.f
 def numbers(of: Any) -> dict[str, Tensor]:
     """What each layer in four bits stands for, in fp32, by its name."""
     named = structure.decoder_blocks(of).named_modules()
-    return {n: structure.weight_of(m).float() for n, m in named if hasattr(m, "quant_state")}
+    return {n: dequantising.weight_of(m).float() for n, m in named if hasattr(m, "quant_state")}
 
 
 def by_table(weight: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ def test_passes_and_gradients_are_those_of_plain_layers(
     for plain in (False, True):
         made = narrowed()
         if plain:
-            structure.dequantise(made)
+            dequantising.dequantise(made)
             assert not structure.is_quantised(made)
         lora = LoraConfig(rank=2, targets=["all-linear"], dropout=0.0)
         adapted = structure.add_lora(made, lora, seed=0)

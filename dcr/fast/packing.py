@@ -28,7 +28,6 @@ SCORES = 2**18  # of a head in one product
 ALIKE = 4  # tokens; a prefix of fewer is not worth its own products
 # transformers' names of attention's arguments that this attention does not compute
 UNKNOWN = ("softcap", "s_aux", "position_bias", "cache", "head_mask", "alibi")
-WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
 # parts of names: settings that make a training pass random, and settings of other heads
 RANDOM, OTHER_HEADS = ("drop", "jitter"), ("classifier", "summary")
 
@@ -98,7 +97,8 @@ def laid_out(
     """
     config: Any = module.config
     text, longest = config.get_text_config(), ids.shape[1]
-    if not packing or any((getattr(text, name, None) or longest) < longest for name in WINDOWS):
+    windows = [getattr(text, name, None) or longest for name in passes.WINDOWS]
+    if not packing or min(windows) < longest:
         return Layout({"input_ids": ids, "attention_mask": mask}, ids.shape)
     prefix = 0
     if packing is Packing.prefix and len(ids) > 1 and not _draws(module):

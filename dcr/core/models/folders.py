@@ -6,7 +6,6 @@ import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
@@ -28,7 +27,6 @@ from dcr.core.models import (
     embedded_folder,
     held_model,
     refused_as,
-    whole_model,
 )
 from dcr.core.models.structure import is_quantised
 from dcr.core.storage import replaced_folder
@@ -197,16 +195,6 @@ def open_adapter(folder: Path, precision: Precision, trust_remote_code: bool = F
         check_finite(adapted, str(folder))
     check_tokenizer(str(folder), tokenizer, model.config.get_text_config().vocab_size)
     return Policy(adapted, tokenizer, str(folder))
-
-
-def open_base(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The base weights of an adapter folder alone, as they are in their file.
-
-    Raises UserError as `open_adapter` does.
-    """
-    revision = storage.read_json(folder / "adapter_config.json", AdapterSettings).revision
-    options = {"revision": revision, "trust_remote_code": trust_remote_code}
-    return whole_model(adapter_base(folder), "auto", **options)
 
 
 def _adapted(model: object, folder: Path, base: str) -> PeftModel:

@@ -262,10 +262,11 @@ def quantisable(model: Any) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
 
 def is_quantised(model: Any) -> bool:
     """Whether the model has layers in four bits."""
-    return any(_is_narrow(layer) for layer in model.modules())
+    return any(is_narrow(layer) for layer in model.modules())
 
 
-def _is_narrow(layer: nn.Module) -> bool:
+def is_narrow(layer: nn.Module) -> bool:
+    """Whether a layer is held in four bits."""
     return type(layer).__name__ == "Linear4bit"
 
 
@@ -305,37 +306,3 @@ def quantise(model: Any, precision: Precision) -> None:
             weight.data = weight.data.to(DTYPES[precision])
             weight.requires_grad = False
     model.config.dtype = DTYPES[precision]
-
-
-@torch.no_grad()
-def dequantise(model: Any) -> None:
-    """Puts plain linear layers in the place of those in four bits, of the numbers they stand for.
-
-    Their type is the one that products are computed in.
-    """
-    for parent in list(model.modules()):
-        for name, narrow in list(parent.named_children()):
-            if _is_narrow(narrow):
-                with torch.device("meta"):
-                    plain = nn.Linear(narrow.in_features, narrow.out_features, bias=False)
-                plain.weight = nn.Parameter(weight_of(narrow), requires_grad=False)
-                plain.bias = narrow.bias
-                setattr(parent, name, plain.train(narrow.training))
-
-
-def weight_of(narrow: Any) -> Tensor:
-    """The numbers that a layer in four bits stands for, as [rows, columns]."""
-    functional: Any = importlib.import_module("bitsandbytes.functional")
-    return functional.dequantize_4bit(narrow.weight.data, narrow.weight.quant_state)
-
-
-@torch.no_grad()
-def rounding_errors(model: Any, whole: Any) -> list[float]:
-    """How far each layer in four bits is from the same model's in full: ‖difference‖ / ‖weights‖.
-
-    Layers are in the order of the blocks.
-    """
-    narrow = [layer for layer in decoder_blocks(model).modules() if _is_narrow(layer)]
-    full = [layer.weight.float() for _, _, layer in quantisable(whole)]
-    pairs = zip(narrow, full, strict=True)
-    return [float((weight_of(layer).float() - w).norm() / w.norm()) for layer, w in pairs]
