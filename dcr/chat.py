@@ -10,9 +10,11 @@ from dcr.core import ending, machine, prompts, refusal
 from dcr.core.config import ConfigError, ModelConfig, Precision, resolving
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
+from dcr.core.text import conversation
 
 if TYPE_CHECKING:
     from dcr.core.models import Policy
+    from dcr.gating.classifier import Gate
 
 STAGES = ("readout", "sft", "contrastive", "base")  # the last first
 DIM, UNDIMMED = "\x1b[2m", "\x1b[0m"
@@ -35,6 +37,12 @@ class Options:
     max_new_tokens: int = entry.option(
         "the longest answer, in tokens", 256, least=1, key="gen.max_new_tokens"
     )
+    gate: Path | None = entry.option(
+        "the folder of a gate that python -m dcr.gate trained, which refuses first", None
+    )
+    threshold: float | None = entry.option(
+        "of the gate; none: its own", None, least=0, most=1, key="gating.threshold"
+    )
     precision: str = entry.option(
         "of the model; auto: as the run was trained, else what the device does natively",
         "auto",
@@ -47,12 +55,15 @@ class Options:
 
 @dataclass
 class Dialogue:
-    """The turns so far, and the model that answers."""
+    """The turns so far, the model that answers, and a gate that refuses above a threshold."""
 
     policy: "Policy"
     chat: ChatFormat
     max_new_tokens: int
     turns: list[dict[str, str]] = field(default_factory=list)
+    gate: "Gate | None" = None
+    threshold: float = 1.0
+    refusal: str = ""
 
     def prompt_ids(self) -> list[int]:
         """Token ids of the whole dialogue up to where the assistant begins to speak.
@@ -89,11 +100,20 @@ class Dialogue:
     def ask(self, message: str) -> tuple[str, float]:
         """The answer, printed as it comes, and the refusal mass of its first token.
 
+        Behind a gate, which reads the whole dialogue, its probability of being toxic is the mass.
         A message without an answer leaves the dialogue as it was.
         """
         self.turns.append({"role": "user", "content": self.chat.neutralised(message)})
         try:
-            answer, mass = self._generate(self.prompt_ids())
+            ids = self.prompt_ids()
+            asked = conversation((turn["role"], turn["content"]) for turn in self.turns)
+            score = self.gate.scores([asked])[0] if self.gate else 0.0
+            if score > self.threshold:
+                print(self.refusal)
+                answer, mass = self.refusal, score
+            else:
+                answer, mass = self._generate(ids)
+                mass = score if self.gate else mass
         except BaseException:  # Ctrl-C as well: a caller may go on with the dialogue
             self.turns.pop()
             raise
@@ -103,7 +123,9 @@ class Dialogue:
     def _generate(self, ids: list[int]) -> tuple[str, float]:
         from transformers import TextStreamer
 
+        from dcr.calibration import biases
         from dcr.core import generation
+        from dcr.gating import answers
 
         tokenizer = self.chat.tokenizer
         openings = refusal.refusal_openings(self.chat)
@@ -114,6 +136,7 @@ class Dialogue:
             self.max_new_tokens,
             score=lambda logits: refusal.refusal_mass(logits, openings),
             streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),  # pyright: ignore
+            bias=answers.shut(biases.opening_place(self.chat)) if self.gate else None,
         )
         text = tokenizer.decode(answer, skip_special_tokens=True)
         return str(text).strip(), float(masses[0])
@@ -135,6 +158,17 @@ def main(options: Options) -> None:
     dialogue = Dialogue(
         policy, prompts.chat_format(policy.tokenizer, model), options.max_new_tokens
     )
+    if options.gate is not None:
+        from dcr.gating import classifier
+
+        rule = classifier.record_of(options.gate)
+        narrow = policy.model.dtype.itemsize < 4
+        dialogue.gate = classifier.open_gate(
+            options.gate, Precision.bf16 if narrow else Precision.fp32
+        )
+        given = options.threshold
+        dialogue.threshold = rule["threshold"] if given is None else given
+        dialogue.refusal = rule["refusal"]
     if sys.stdin.isatty():
         _aside(f"{policy.name}, {told}. /reset forgets the dialogue, /quit ends it.")
     while (message := _line()) not in (None, "/quit"):
@@ -147,7 +181,8 @@ def main(options: Options) -> None:
                 _aside(str(error))
                 continue
             verdict = keywords.recommended(answer)
-            _aside(f"[{verdict}, first-token refusal mass {mass:.2f}]")
+            measured = "toxic by the gate" if dialogue.gate else "first-token refusal mass"
+            _aside(f"[{verdict}, {measured} {mass:.2f}]")
 
 
 def _line() -> str | None:

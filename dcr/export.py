@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import yaml
 
-from dcr import entry, robustness
+from dcr import entry, gating, robustness
 from dcr.core import config, machine, prompts, runs, storage
 from dcr.core.config import (
     AUTO_LAYER,
@@ -26,6 +26,7 @@ from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
 from dcr.core.sources import SOURCES
 from dcr.extensions import EvalSettings
+from dcr.gating import GatingConfig
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,6 +39,7 @@ ROUNDED = (
     "run's adapter by about 1%; precision=fp32 keeps them"
 )
 PROCESSOR = "dcr_logits.py"  # in a calibrated export: `dcr.serving`, for vLLM
+GATED = "dcr_gate.py"  # in one with a gate: `dcr.gating.serving`, for transformers
 COMPARED = 64  # validation prompts of either kind whose logits tell what an export changes
 HUB_NAMES = {EMBEDDED_MODEL: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 FRONT = {  # front matter of every card, which the hub reads
@@ -113,6 +115,17 @@ class Options:
         "of refusals in the generation config",
         None,
     )
+    gate: Path | None = entry.option(
+        "the folder of a gate that python -m dcr.gate trained: it goes along, and calibrate "
+        "chooses its threshold",
+        None,
+    )
+    threshold: float | None = entry.option(
+        "of the gate; none: its own", None, least=0, most=1, key="gating.threshold"
+    )
+    alone: bool = entry.option(
+        "whether answers behind the gate open with no refusal", True, key="gating.alone"
+    )
     trust_remote_code: bool = entry.option(
         "run code that comes with the weights; a run's own settings never switch it on", False
     )
@@ -125,7 +138,8 @@ def main(options: Options) -> None:
     if options.precision != "auto":
         precision = Precision(options.precision)
     asked = (options.stage, precision, options.calibrate, options.trust_remote_code)
-    print(export(run, options.out, *asked))
+    gated = GatingConfig(options.threshold, options.alone)
+    print(export(run, options.out, *asked, options.gate, gated))
     if precision is not Precision.fp32:
         print(ROUNDED)
 
@@ -137,12 +151,14 @@ def export(
     precision: Precision | None = None,
     calibrate: str | None = None,
     trust_remote_code: bool = False,
+    gate: Path | None = None,
+    gated: GatingConfig | None = None,
 ) -> Path:
     """Write a stage's weights, merged in fp32 and then cast, with tokenizer and card into `out`.
 
     `stage` is by default the run's last, `precision` that of the run's evaluations. `calibrate`, as
     that of `eval.py`, chooses a bias on these very weights and writes it into the generation
-    config.
+    config, or the threshold of a `gate`, which goes along as `gated` has it.
 
     Raises ConfigError when `out` holds anything, the stage is not done or not one of the method's,
     or its base is gone or not the one it was trained on.
@@ -150,7 +166,15 @@ def export(
     made_with, stage = _exportable(run, out, stage)
     dtype = "bfloat16" if (precision or _evaluated_in(run)) is Precision.bf16 else "float32"
     model = resolving.model_of(made_with, trust_remote_code)
-    settings = EvalSettings(model=model, calibrate=calibrate, precision=_evaluated_in(run))
+    settings = EvalSettings(
+        model=model,
+        calibrate=calibrate,
+        precision=_evaluated_in(run),
+        gate=None if gate is None else str(gate),
+        gating=gated or GatingConfig(),
+    )
+    for fault in gating.relations(settings):
+        raise ConfigError(fault)
     import torch
     from peft import PeftModel
 
@@ -158,12 +182,16 @@ def export(
     from dcr.calibration import biases
     from dcr.core import models
     from dcr.core.models import folders, structure
+    from dcr.gating import answers
+    from dcr.gating import serving as gate_serving
 
-    if calibrate is not None:
+    if gate is not None:
+        answers.check(settings, made_with)
+    elif calibrate is not None:
         biases.check(settings, made_with)
     machine.use_threads()
     # evaluations and a template that cannot be are told before weights are read
-    evaluated(run, stage, None)
+    evaluated(run, stage, {})
     prompts.chat_format(folders.result_tokenizer(run.stage(stage), trust_remote_code), model)
     policy = folders.open_result(run.stage(stage), Precision.fp32, trust_remote_code)
     chat = prompts.chat_format(policy.tokenizer, model)
@@ -175,20 +203,29 @@ def export(
     replaced = _set_decoding(policy, chat, settings.gen.most)
     policy.model.to(getattr(torch, dtype))
     rounded = _rounded(*lost, _first_logits(policy, chat, settings)) if lost else None
-    record = None
-    if calibrate is not None:
+    record, rule, told = None, None, dict[str, Any]()
+    if gate is not None:
+        rule, record = answers.rule(policy, chat, settings)
+        told = answers.Gated().recorded(settings)
+    elif calibrate is not None:
         bias, record = biases.calibrated(policy, chat, settings)
         policy.model.generation_config.sequence_bias = bias.sequences
+        told = {"calibrate": biases.label(settings)}
     depth = policy.model.config.num_hidden_layers
-    weights = Weights(dtype, depth, record, replaced, rounded)
+    weights = Weights(dtype, depth, record, replaced, rounded, rule, told)
     with storage.replaced_folder(out) as staging:
         policy.model.save_pretrained(staging)
         policy.tokenizer.save_pretrained(staging)
         card = model_card(run, stage, made_with, weights)
         (staging / "README.md").write_text(card, encoding="utf-8")
-        if record:
+        if gate is not None:
+            shutil.copytree(gate, staging / "gate")
+            storage.write_json(staging / "gate" / gating.RECORD, rule)
+            storage.write_checksums(staging / "gate")
+            shutil.copyfile(gate_serving.__file__, staging / GATED)
+        elif record:
             shutil.copyfile(serving.__file__, staging / PROCESSOR)
-        measured, _, _ = evaluated(run, stage, record)
+        measured, _, _ = evaluated(run, stage, told)
         if len(measured):
             numbers = results.csv_text(measured.drop(columns=["run", "edit", "file"]))  # no paths
             (staging / "metrics.csv").write_text(numbers, encoding="utf-8")
@@ -291,9 +328,11 @@ class Weights:
     Attributes:
         dtype: their type.
         depth: the model's number of blocks.
-        calibrated: the record of the bias in their generation config.
+        calibrated: the record of the bias in their generation config, or of the gate's threshold.
         decoding: the settings that the base's own generation config had.
         rounded: the errors of a base in four bits and of putting it in full.
+        gate: what `gate.json` says of the gate that goes along.
+        told: the settings that set evaluations of what is exported apart from those of weights.
     """
 
     dtype: str
@@ -301,6 +340,8 @@ class Weights:
     calibrated: Mapping[str, Any] | None = None
     decoding: Mapping[str, Any] = field(default_factory=dict)
     rounded: Mapping[str, float] | None = None
+    gate: Mapping[str, Any] | None = None
+    told: Mapping[str, Any] = field(default_factory=dict)
 
 
 def model_card(run: Run, stage: str, made_with: Mapping[str, Any], weights: Weights) -> str:
@@ -317,7 +358,7 @@ def model_card(run: Run, stage: str, made_with: Mapping[str, Any], weights: Weig
     stages = runs.stages(made_with, stage)
     read = " + readout" if "readout" in stages else ""
     rows = {n: part for n, part in run.record().get("rows", {}).items() if part["count"]}
-    measured, silences, others = evaluated(run, stage, weights.calibrated)
+    measured, silences, others = evaluated(run, stage, weights.told)
     template = jinja2.Environment(
         loader=jinja2.PackageLoader("dcr"),
         undefined=jinja2.StrictUndefined,
@@ -403,12 +444,12 @@ def _sources(made_with: Mapping[str, Any], stage: str) -> Iterator[tuple[str, st
 
 
 def evaluated(
-    run: Run, stage: str, calibrated: Mapping[str, Any] | None
+    run: Run, stage: str, told: Mapping[str, Any]
 ) -> "tuple[pd.DataFrame, list[str], int]":
     """Scores of the stage as it is exported, warnings of many empty answers, and a count.
 
-    The count is that of its other evaluations: under an edit, with another calibration or on
-    validation prompts.
+    `told` are the settings of its evaluations that are not those of plain weights. The count is
+    that of its other evaluations: under an edit, with another calibration or on validation prompts.
     """
     import pandas as pd
 
@@ -416,10 +457,9 @@ def evaluated(
 
     if not any(run.folder.glob("eval/*/metrics.json")):
         return pd.DataFrame(columns=list(results.COLUMNS)), [], 0
-    target = calibrated and (calibrated["run"] or f"{calibrated['target']:g}")
     table = results.load(run.folder)
     table = table.loc[table["weights"] == stage]
-    measured = table.loc[table["edit"] == (f"calibrate={target}" if target else "")]
+    measured = table.loc[table["edit"] == results.edit(told)]
     files = dict.fromkeys(measured["file"])
     silences = [silence for file in files if (silence := results.read(Path(file)).silence)]
     return measured, silences, len(set(table["file"]) - set(files))

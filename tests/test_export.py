@@ -26,17 +26,21 @@ from dcr.core import models, prompts, refusal, storage
 from dcr.core.config import (
     ConfigError,
     DataError,
+    Kind,
     LoraConfig,
     Method,
     ModelConfig,
     Precision,
 )
 from dcr.core.evaluation import subjects
+from dcr.core.evaluation.sets import PromptSet
 from dcr.core.models import Policy, folders, structure
 from dcr.core.runs import Run
 from dcr.core.sources import Example, read
 from dcr.extensions import EvalSettings
+from dcr.gating import answers
 from tests.servers.served import served
+from tests.test_gating import WORDS_OF_REFUSAL, scores_by_hand, write_gate
 
 # peft asks transformers for a name that the latter has renamed
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -221,6 +225,35 @@ def test_plain_transformers_decodes_a_calibrated_export_as_we_do(
     card_text = (out / "README.md").read_text()
     assert f"The generation config adds {record['bias']:+.3f}" in card_text
     assert "| contrasts_toxic_heldout | 119 | 91% |" in card_text
+
+
+def test_a_gate_goes_along_and_plain_transformers_answers_behind_it_as_we_do(
+    calibrated: Path, moved: Run, tmp_path: Path
+) -> None:
+    del calibrated  # for what it patches
+    gate, out = write_gate(tmp_path / "gate"), tmp_path / "gated"
+    asked = [f"run={moved.folder}", f"out={out}", "precision=fp32"]
+    assert export.main([*asked, "calibrate=0.6", f"gate={gate}"]) == 0
+    node = ModelConfig(name=str(out), template="chatml", system_prompt=SYSTEM)
+    settings = EvalSettings(model=node, calibrate="0.6", precision=Precision.fp32, gate=str(gate))
+    settings.gen.max_new_tokens, settings.trainer.progress = 12, False
+    subject, rows = subjects.base(settings, Run(tmp_path / "base")), read("demo_toxic_heldout")[:12]
+    record = answers.Gated().prepared(subject)["calibration"]
+    (given,) = subject.answers([PromptSet("few", Kind.toxic, rows)], subject.folder).values()
+    gated = runpy.run_path(str(out / "dcr_gate.py"))["Gated"](out)
+    told = [gated.answer(row.prompt, max_new_tokens=12) for row in rows]
+    assert told == [answer.response for answer in given]
+    assert 0 < told.count(WORDS_OF_REFUSAL) < 12
+    turns = [{"role": "user", "content": rows[0].prompt}]
+    assert gated.score(turns) == pytest.approx(scores_by_hand(gate, [turns])[0], abs=1e-6)
+    rule = json.loads((out / "gate/gate.json").read_text())
+    assert rule["threshold"] == record["threshold"]
+    assert "sequence_bias" not in (out / "generation_config.json").read_text()
+    card_text = (out / "README.md").read_text()
+    assert f"lies above {record['threshold']:.4g}, so that at least\n60% of toxic" in card_text
+    assert not (out / "dcr_logits.py").exists()
+    assert export.main([*asked[:1], f"out={tmp_path}/no", "gating.threshold=0.3"]) == 2
+    assert not (tmp_path / "no").exists()
 
 
 UNIDIRECTIONAL, SWAP = (SimpleNamespace(name=name) for name in ("UNIDIRECTIONAL", "SWAP"))
@@ -572,6 +605,23 @@ def test_chat_answers_forgets_and_ends(
     again = talk("Hello", "/reset", "Hello")
     assert again == once + once
     assert "\x1b" not in again  # not a terminal
+
+
+def test_chat_answers_behind_a_gate(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def talk(threshold: float) -> list[str]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\nHello"))
+        words = [f"run={made.run.folder}", "gen.max_new_tokens=5", f"gate={gate}"]
+        assert chat.main([*words, f"gating.threshold={threshold}"]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    gate = write_gate(tmp_path / "gate")
+    (score,) = scores_by_hand(gate, [[{"role": "user", "content": "Hello"}]])
+    refused, told, again, _ = talk(0.0)
+    assert refused == again == WORDS_OF_REFUSAL
+    assert told.endswith(f"toxic by the gate {score:.2f}]")
+    assert WORDS_OF_REFUSAL not in talk(1.0)
 
 
 def dialogue(run: Run, length: int, stage: str = "sft", **told: Any) -> chat.Dialogue:

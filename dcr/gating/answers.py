@@ -27,7 +27,7 @@ from dcr.core.models import Policy, folders
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
 from dcr.core.sources import Example
-from dcr.gating import SHUT, GatingConfig, Record, classifier, folder_of
+from dcr.gating import SHUT, GatingConfig, classifier, folder_of
 
 PLACE = "gates"  # in a run's folder: scores by gate and set, which no threshold changes
 AT_ONCE = 256  # prompts that are scored before they are stored
@@ -46,10 +46,7 @@ class Gated(Change):
     """Answers behind the gate that `gate` names."""
 
     def check(self, settings: EvalConfig, run: Run) -> None:
-        """Raises ConfigError for no gate, and for a calibration that is none of a threshold."""
-        record = classifier.record_of(folder_of(settings))
-        if settings.calibrate is not None:
-            check(settings, run.config() if settings.run else {"method": "base"}, record)
+        check(settings, run.config() if settings.run else {"method": "base"})
 
     def recorded(self, settings: EvalConfig) -> dict[str, Any]:
         node = settings.node(GatingConfig)
@@ -138,42 +135,54 @@ def scored(subject: Local, asked: Sequence[PromptSet]) -> dict[str, list[Scored]
 # --- calibration ----------------------------------------------------------------------------------
 
 
-def check(settings: EvalConfig, made_with: Mapping[str, Any], record: Record) -> None:
-    """Raises ConfigError as `biases.check`, and for an export's bias or prompts the gate learnt."""
+def check(settings: EvalConfig, made_with: Mapping[str, Any]) -> None:
+    """Raises ConfigError for no gate, and for a calibration that is none of a threshold.
+
+    `made_with` is the configuration of the run behind the gate, as in `biases.check`.
+    """
+    record = classifier.record_of(folder_of(settings))
+    if settings.calibrate is None:
+        return
     biases.check(settings, made_with)
     if biases.share_of(settings) is None and biases.exported_bias(settings) is not None:
         raise ConfigError(
             f"calibrate={settings.calibrate}: an export's bias is none of a gate's thresholds; "
             "give a share such as 0.8, or a run to be as safe as"
         )
-    node = settings.node(CalibrationConfig)
-    learnt = {
-        name
-        for kind, part in record["made_with"].get("pairs", {}).items()
-        if not kind.endswith("heldout")
-        for name in part["sources"]
-    }
+    parts = record["made_with"].get("pairs", {}).items()
+    learnt = {n for kind, of in parts if not kind.endswith("heldout") for n in of["sources"]}
     for kind in ("toxic", "seemingly_toxic"):
-        if both := learnt & set(getattr(node, kind)):
+        if both := learnt & {*getattr(settings.node(CalibrationConfig), kind)}:
             raise ConfigError(
                 f"calibration.{kind}=[{min(both)}]: the gate was trained on it; name prompts of "
                 "another origin"
             )
 
 
-def calibrated(
+def rule(
     policy: Policy, chat: ChatFormat, settings: EvalConfig
-) -> tuple[float, dict[str, Any]]:
-    """The threshold that `calibrate` asks for with weights that are open, and its record."""
-    trusted = settings.model.trust_remote_code
-    gate = classifier.open_gate(folder_of(settings), settings.precision, trust_remote_code=trusted)
-    scores = {
-        b.name: dict(
-            zip([r.id for r in b.rows], gate.scores([r.prompt for r in b.rows]), strict=True)
-        )
-        for b in biases.validation(settings)
-    }
-    return choose_threshold(settings, biases.read_beginnings(policy, chat, settings), scores)
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The `gate.json` of the gate as the settings put it before weights that are open.
+
+    Its threshold is the one that `calibrate` chooses on them, with the record of that, if it is
+    asked. A gate that decides alone has its bias there as `sequence_bias`.
+    """
+    record, threshold = None, threshold_of(settings)
+    if settings.calibrate is not None:
+        trusted, precision = settings.model.trust_remote_code, settings.precision
+        folder = folder_of(settings)
+        gate = classifier.open_gate(folder, precision, trust_remote_code=trusted)
+        scores = {
+            asked.name: dict(zip([row.id for row in asked.rows], found, strict=True))
+            for asked in biases.validation(settings)
+            for found in [gate.scores([row.prompt for row in asked.rows])]
+        }
+        begun = biases.read_beginnings(policy, chat, settings)
+        threshold, record = choose_threshold(settings, begun, scores)
+    alone = settings.node(GatingConfig).alone
+    bias = shut(biases.opening_place(chat)).sequences if alone else None
+    known = classifier.record_of(folder_of(settings))
+    return {**known, "threshold": threshold, "sequence_bias": bias}, record
 
 
 def choose_threshold(

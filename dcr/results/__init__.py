@@ -6,7 +6,7 @@ table[table.quantity == "refused"].pivot_table("value", ["run", "judge"], "set")
 """
 
 from dcr.core.results import VERSION
-from dcr.results.frame import COLUMNS, csv_text, frame_of, load, steering
+from dcr.results.frame import COLUMNS, csv_text, edit, frame_of, load, steering
 from dcr.results.schema import (
     Metrics,
     OwnTask,
@@ -22,6 +22,7 @@ __all__ = [
     "OwnTask",
     "Tracked",
     "csv_text",
+    "edit",
     "frame_of",
     "load",
     "read",
