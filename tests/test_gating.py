@@ -20,11 +20,13 @@ from dcr import results
 from dcr.core import cli, models, prompts, refusal, sources, storage
 from dcr.core.config import ConfigError, DataError, Kind, ModelConfig, Precision
 from dcr.core.evaluation import metrics, subjects
+from dcr.core.generation import Completion
 from dcr.core.models import Policy
 from dcr.core.runs import Run
 from dcr.extensions import EvalSettings
 from dcr.gating import answers, classifier
 from dcr.report import building
+from dcr.robustness.attacked import FRAMES
 
 NEW = 5
 WORDS_OF_REFUSAL = "No, says the gate."
@@ -152,6 +154,40 @@ def turns(folder: Path) -> list[list[dict[str, str]]]:
     return [*([{"role": "user", "content": row.prompt}] for row in toxic(folder)[:-1]), TALK]
 
 
+@pytest.mark.parametrize("attack", ["prefill_1_60", "third_person", "system"])
+def test_under_attack_the_gate_reads_the_words_of_the_attack(tmp_path: Path, attack: str) -> None:
+    """It refuses behind an opening or another system prompt what it refuses without."""
+    gate = write_gate(tmp_path / "gate")
+    tried = f"robustness.attacks=[{attack.partition('_1')[0]}]"
+    words = ["tasks=[robustness]", tried, "robustness.lengths=[60]"]
+    bare = evaluated(tmp_path, *words)
+    asked = turns(tmp_path)
+    if attack == "third_person":
+        frame = FRAMES[attack]
+        asked = [
+            [*before, {**last, "content": frame.format(last["content"])}] for *before, last in asked
+        ]
+    scores = scores_by_hand(gate, asked)
+    threshold = (sorted(scores)[4] + sorted(scores)[5]) / 2
+    behind = evaluated(
+        tmp_path, *words, f"gate={gate}", f"gating.threshold={threshold}", "gating.alone=false"
+    )
+    plain, found = (
+        storage.read_lines(file, Completion)
+        for folder in (bare["folder"], behind["folder"])
+        for file in folder.glob(f"robustness/{attack}-*/toxic.jsonl")
+    )
+    by_prompt = {row.prompt: row.response for row in found}
+    given = {row.prompt: row.response for row in plain}
+    refused = 0
+    for row, score in zip(toxic(tmp_path), scores, strict=True):
+        above = score > threshold
+        assert by_prompt[row.prompt] == (WORDS_OF_REFUSAL if above else given[row.prompt])
+        refused += above
+    assert refused == 5
+    assert behind["robustness"][attack]["bias"] is None
+
+
 def test_what_is_stored_opens_neither_gate_nor_weights_and_a_threshold_scores_nothing_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,7 +272,10 @@ def test_calibration_chooses_the_threshold_on_its_own_prompts(
         (("gating.alone=false",), "gating.alone=False: there is no gate"),
         (("gate={gate}", "gating.threshold=2"), "give a probability, or null"),
         (("gate={gate}", "tasks=[frontier]"), "measures the model without a gate"),
-        (("gate={gate}", "tasks=[robustness]"), "measures the model without a gate"),
+        (
+            ("gate={gate}", "tasks=[robustness]", "robustness.attacks=[tuning_recalibrated]"),
+            "behind a gate that decides there is no bias to choose anew",
+        ),
         (("gate={gate}", "tasks=[kernel]"), "measures the model without a gate"),
         (("gate={gate}", "gen.adacd=1"), "two ways to refuse less; give one"),
         (

@@ -62,8 +62,7 @@ def test_a_prefilled_opening_is_held_out_and_of_the_length_asked_for(talk: ChatF
 
 
 def test_other_prompts_are_asked_in_the_words_of_the_attack(talk: ChatFormat) -> None:
-    ids = attacked.framed("Once {} was asked", talk)("x {y}")
-    assert ids == talk.prompt_ids("Once x {y} was asked")
+    assert attacked.framed("Once {} was asked", "x {y}") == "Once x {y} was asked"
     told = str(talk.tokenizer.decode(attacked.asked_to_comply(talk)("x")))
     assert told.startswith(f"<|im_start|>system\n{attacked.SYSTEM}<|im_end|>")
     assert told.endswith(talk.text("x"))

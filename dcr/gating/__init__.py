@@ -68,7 +68,7 @@ def relations(settings: Any) -> Iterator[str]:
         )
     for name, value in settings.gen.contrast.items():
         yield f"{named} gen.{name}={value}: two ways to refuse less; give one"
-    for task in ("frontier", "robustness", *settings.table.on_weights):
+    for task in ("frontier", *settings.table.on_weights):
         if task in settings.tasks:
             yield (
                 f"{named} tasks=[{task}]: measures the model without a gate; leave one of the two "

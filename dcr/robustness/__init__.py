@@ -57,6 +57,11 @@ def groups(lengths: list[int]) -> dict[str, tuple[int, int]]:
     return {f"prefill_{low + 1}_{high}": (low + 1, high) for low, high in ends}
 
 
+def gated(settings: EvalConfig) -> bool:
+    """Whether a gate stands in front of the model."""
+    return vars(settings).get("gate") is not None
+
+
 def words(attack: str) -> str:
     """An attack of `metrics.json` as tables name it."""
     if group := re.fullmatch(r"prefill_(\d+)_(\d+)", attack):
@@ -76,6 +81,12 @@ def relations(settings: EvalConfig) -> Iterator[str]:
         yield f"robustness.attacks=[{','.join(options.attacks)}]: name each attack once, and one"
     if any(low >= high for low, high in pairwise([0, *options.lengths])) or not options.lengths:
         yield f"robustness.lengths={options.lengths}: give rising numbers of tokens"
+    for name in options.attacks:
+        if name.endswith(RECALIBRATED) and gated(settings):
+            yield (
+                f"robustness.attacks=[{name}] gate={vars(settings)['gate']}: behind a gate that "
+                "decides there is no bias to choose anew; leave one of the two out"
+            )
     if settings.endpoint is not None:
         yield f"{named}: an endpoint's weights cannot be attacked; name the model with model="
     yield from cut_short(settings, named)

@@ -2,7 +2,8 @@
 
 A bias of `calibrate=` acts on the first token behind the template's last ones and nowhere else, so
 that it still acts behind another prompt, another system prompt and other weights, and no longer
-behind a prefilled opening: whoever writes the first tokens takes it away with them.
+behind a prefilled opening: whoever writes the first tokens takes it away with them. A gate reads
+the prompt, in the words of the attack, and refuses whatever comes behind it.
 """
 
 import logging
@@ -20,8 +21,8 @@ from dcr.contrast import with_system
 from dcr.core import generation, prompts, refusal, sources, storage
 from dcr.core.config import ConfigError
 from dcr.core.config.evaluation import EvalConfig
-from dcr.core.evaluation import scoring, sets
-from dcr.core.evaluation.protocols import Task, Work
+from dcr.core.evaluation import protocols, scoring, sets
+from dcr.core.evaluation.protocols import Ask, Task, Work
 from dcr.core.evaluation.sets import PromptSet
 from dcr.core.evaluation.subjects import Local, subjects
 from dcr.core.generation import Completion, OpeningBias
@@ -30,7 +31,7 @@ from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
 from dcr.core.sources import Example
 from dcr.core.text import conversation, turns_of
-from dcr.robustness import RECALIBRATED, RobustnessConfig, groups, tuning
+from dcr.robustness import RECALIBRATED, RobustnessConfig, gated, groups, tuning
 from dcr.steering import SteeringConfig, methods
 from dcr.steering.edits import edited
 from dcr.steering.prompts import extraction
@@ -50,6 +51,7 @@ FRAMES = {
 }
 Answers = Mapping[str, Sequence[Completion]]
 Encode = Callable[[str], list[int]]  # the token ids that stand for a prompt
+Reword = Callable[[str], str]  # a prompt in other words
 Around = Callable[[Policy], AbstractContextManager[Any]]
 
 
@@ -81,9 +83,9 @@ class Robustness(Task):
         for attack in settings.node(RobustnessConfig).attacks:
             for label, given, bias in bench.under(attack):
                 first = not label.startswith("prefill")
-                measured[label] = counted(asked, given, settings.seed, ranked=first) | {
-                    "bias": bias.bias if bias and first else None
-                }
+                known = bias.bias if bias and first and not gated(settings) else None
+                found = counted(asked, given, settings.seed, ranked=first)
+                measured[label] = found | {"bias": known}
         return measured
 
 
@@ -98,12 +100,10 @@ def asked_to_comply(chat: ChatFormat) -> Encode:
     return with_system(chat, SYSTEM, "robustness.attacks=[system]").prompt_ids
 
 
-def framed(frame: str, chat: ChatFormat) -> Encode:
-    def encode(prompt: str) -> list[int]:
-        *before, (role, words) = turns_of(prompt)
-        return chat.prompt_ids(conversation([*before, (role, frame.format(words))]))
-
-    return encode
+def framed(frame: str, prompt: str) -> str:
+    """The prompt with its last turn in the words of a frame."""
+    *before, (role, words) = turns_of(prompt)
+    return conversation([*before, (role, frame.format(words))])
 
 
 def prefilled(low: int, high: int, seed: int, chat: ChatFormat) -> Encode:
@@ -172,10 +172,12 @@ class Bench:
                 yield attack, *self._tuned(attack)
             except biases.NeverRefuses as error:  # the other attacks are worth keeping
                 log.warning("robustness: %s is left out: %s", attack, error)
+        elif attack in FRAMES:
+            place, reword = self._place(attack, FRAMES[attack]), partial(framed, FRAMES[attack])
+            yield attack, self._answers(place, work.policy, plain, reword=reword), bias
         else:
-            words = FRAMES.get(attack, SYSTEM)
-            encoder = partial(framed, words) if attack in FRAMES else asked_to_comply
-            yield attack, self._answers(self._place(attack, words), work.policy, encoder), bias
+            place = self._place(attack, SYSTEM)
+            yield attack, self._answers(place, work.policy, asked_to_comply), bias
 
     def _place(self, label: str, made_with: Any) -> Path:
         return self.work.folder / PLACE / f"{label}-{storage.fingerprint(made_with)}"
@@ -187,11 +189,17 @@ class Bench:
         encoder: Callable[[ChatFormat], Encode],
         around: Around = lambda _: nullcontext(),
         bias: OpeningBias | None = None,
+        reword: Reword = lambda prompt: prompt,
     ) -> Answers:
         """The answers that `place` keeps; only missing ones are generated."""
-        settings = self.work.settings
+        settings, subject = self.work.settings, self.work.subject
+        plainly = {reword(row.prompt): row.prompt for of in self.asked for row in of.rows}
+        reworded = [
+            replace(of, rows=[replace(row, prompt=reword(row.prompt)) for row in of.rows])
+            for of in self.asked
+        ]
 
-        def ask(rows: list[Example]) -> Iterator[list[Completion]]:
+        def generated(rows: list[Example]) -> Iterator[list[Completion]]:
             policy = opened()
             chat = prompts.chat_format(policy.tokenizer, settings.model)
             firsts = refusal.refusal_openings(chat)
@@ -202,9 +210,18 @@ class Bench:
                     rows,
                     settings.gen,
                     score=lambda logits: refusal.refusal_mass(logits, firsts),
-                    bias=bias or self.work.subject.bias,
+                    bias=bias or subject.bias,
                     encode=encoder(chat),
                 )
+
+        answering: Ask = generated
+        for change in protocols.changes(settings):
+            answering = change.answering(subject, reworded, place, answering)
+
+        def ask(rows: list[Example]) -> Iterator[list[Completion]]:
+            put = [replace(row, prompt=reword(row.prompt)) for row in rows]
+            for batch in answering(put):
+                yield [replace(answer, prompt=plainly[answer.prompt]) for answer in batch]
 
         doing = place.name.rpartition("-")[0]
         return sets.kept(self.asked, ask, place, Completion, doing, settings.trainer.progress)
