@@ -17,10 +17,10 @@ from typing import Annotated
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from dcr import entry, export, extensions, inference, study
+from dcr import entry, export, extensions, gating, inference, study
 from dcr import eval as evaluation
 from dcr.core import config, machine, refusal, storage
-from dcr.core.config import DataConfig, DataError, Kind, Stage, TrainConfig
+from dcr.core.config import ConfigError, DataConfig, DataError, Kind, Stage, TrainConfig
 from dcr.core.config.evaluation import EvalConfig
 from dcr.core.ending import single_line
 from dcr.core.runs import Run
@@ -48,6 +48,7 @@ class Options:
     """
 
     out: Path = entry.option("where run folders, page and export lie", Path("outputs/align"))
+    gate: bool = entry.option("train a gate too, and export STL behind it in place of DCR", False)
     plan: bool = entry.option("say what would be done, and how long it takes", False)
     settings: list[str] = entry.settings_of("train.py or eval.py")
 
@@ -61,12 +62,17 @@ def main(options: Options) -> None:
         dcr = study.job_of(out, "DCR", [READOUT, *training], evaluating)
         base = study.base_of(out, _training(stl), evaluating)
         study.in_fork(lambda: study.check_jobs([base, stl, dcr]))
+        for settings in stl.evaluations if options.gate else ():
+            for fault in gating.relations(replace(settings, gate="gate")):
+                raise ConfigError(fault)
         if options.plan:
             study.in_fork(lambda: print(study.describe([base, stl, dcr])))
-            print("then: choice of block and sources, up to three more STL, calibration, export")
+            more = "a gate, " if options.gate else ""
+            print(f"then: choice of block and sources, up to three more STL, {more}", end="")
+            print("calibration, export")
             return
         with storage.locked(out):
-            exported = _aligned(out, base, dcr, training, evaluating)
+            exported = _aligned(out, base, dcr, training, evaluating, options.gate)
     print(f"\npage: {out / 'align.html'}\nexport: {exported}")
 
 
@@ -76,7 +82,12 @@ def _training(job: Job) -> TrainConfig:
 
 
 def _aligned(
-    out: Path, base: Job, dcr: Job, training: Sequence[str], evaluating: Sequence[str]
+    out: Path,
+    base: Job,
+    dcr: Job,
+    training: Sequence[str],
+    evaluating: Sequence[str],
+    gated: bool,
 ) -> Path:
     """Do all parts in order and write the page with the reasons; returns the export's folder."""
     from dcr.report import building  # help and a slip need no drawing library
@@ -95,20 +106,31 @@ def _aligned(
         chosen, why = _chosen(record, settings)
     rung = stl.name.split()[1:]
     dcr = study.job_of(out, "DCR", [READOUT, *rung, *chosen, *training], evaluating)
-    target = out / f"{dcr.run.folder.name}-export"
-    safe = str(stl.run.folder)
-    for job in (stl, dcr, base):
+    gate = out / f"gate-{storage.fingerprint(key)}" if gated else None
+    if gate:
+        work = functools.partial(_train_gate, settings, gate)
+        study.do_all([Part("gate", "training", (gate / gating.RECORD).exists, work)])
+    safe, best = str(stl.run.folder), stl if gate else dcr
+    for job in (stl, dcr, base):  # and all but STL by itself at its safety
         more = [replace(settings, calibrate=safe) for settings in job.evaluations]
-        at_equal_safety = replace(job, evaluations=(*job.evaluations, *more))
-        study.do_all((job if job is stl else at_equal_safety).parts())
+        if job is stl:
+            more = [replace(settings, gate=str(gate)) for settings in more if gate]
+        study.do_all(replace(job, evaluations=(*job.evaluations, *more)).parts())
     folders = [job.run.folder for job in (base, stl, dcr)]
     print(building.build(folders, out / "align.html", ["discernment"], notes=[*notes, why]))
+    target = out / f"{best.run.folder.name}{'-gate' if gate else ''}-export"
     trusted = settings.model.trust_remote_code
     written = functools.partial(
-        export.export, dcr.run, target, calibrate=safe, trust_remote_code=trusted
+        export.export, best.run, target, calibrate=safe, trust_remote_code=trusted, gate=gate
     )
-    study.do_all([Part("DCR", "export", (target / "config.json").exists, written)])
+    study.do_all([Part(best.name, "export", (target / "config.json").exists, written)])
     return target
+
+
+def _train_gate(settings: TrainConfig, folder: Path) -> None:
+    from dcr.gate import Recipe, training  # with torch, for which help does not wait
+
+    training.train(settings, Recipe(), folder)
 
 
 def elsewhere(data: DataConfig) -> bool:

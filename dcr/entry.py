@@ -163,7 +163,9 @@ def help_of(schema: type) -> str:
         if metadata["least"] is not None:
             kind += f", {_range(metadata['least'], metadata['most'])}"
         plain = "none" if _is_list(entry) else str(entry.default)
-        default = {MISSING: "needed", "None": "none", "False": "false"}.get(plain, plain)
+        default = {MISSING: "needed", "None": "none", "False": "false", "True": "true"}.get(
+            plain, plain
+        )
         choices = f"; one of {', '.join(metadata['choices'])}" if metadata["choices"] else ""
         shown = f"<{name}> ..." if metadata["rest"] else f"{name}="
         table.add_row(shown, kind, default, f"{metadata['meaning']}{choices}")

@@ -141,6 +141,7 @@ class Job:
         for settings in self.evaluations:
             steering = settings.steering.method
             name = "evaluation" + ("" if steering == "none" else f", {steering}")
+            name += ", behind a gate" if settings.gate else ""
             name += ", calibrated" if settings.calibrate else ""
             done = functools.partial(evaluation_done, settings, self.run)
             work = functools.partial(evaluate, settings, self.run)

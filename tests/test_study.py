@@ -300,6 +300,25 @@ def test_a_model_of_ones_own_ends_as_page_and_export(
     assert str(exported) in said
     assert align.main(asked) == 0
     assert not re.search(r"^\[\d", capfd.readouterr().out, re.M)
+    asked.append("gate=true")
+    assert align.main(asked) == 0
+    said = capfd.readouterr().out
+    assert re.findall(r"^\[\d.*\] (.+)$", said, re.M) == [
+        "gate: training",
+        "STL: evaluation, behind a gate, calibrated",
+        "STL: export",
+    ]
+    (gated,) = tmp_path.glob("*-stl-*-gate-export")
+    assert {"gate", "dcr_gate.py", "model.safetensors"} <= {file.name for file in gated.iterdir()}
+    rule = json.loads((gated / "gate/gate.json").read_text())
+    files = [json.loads(f.read_text()) for f in stl.parent.glob("eval/*/metrics.json")]
+    (behind,) = [found["calibration"] for found in files if "gate" in found["settings"]]
+    assert behind["run"] == stl.parent.name
+    assert behind["threshold"] == pytest.approx(rule["threshold"], abs=1e-3)
+    assert "behind gate-" in (tmp_path / "align.html").read_text()
+    assert str(gated) in said
+    assert align.main(asked) == 0
+    assert not re.search(r"^\[\d", capfd.readouterr().out, re.M)
 
 
 @pytest.mark.slow
