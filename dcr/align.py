@@ -35,7 +35,8 @@ HELD_OUT = "heldout.json"  # the answers, in the run folders of base and STL
 SHOWN = 60  # characters shown of each, so that little of a toxic answer is
 SMALL = 1e9  # parameters, below which a model needs a higher learning rate and more steps
 NOT_CHOSEN = "every set to choose block and sources by is held out of the embedded corpus"
-READOUT = "sft.readout.steps=120"  # as preset=recommended has it
+DCR = ("method=dcr", "sft.readout.steps=120")  # the readout as preset=recommended has it
+BLOCK = {"dcr.layer", "dcr.depth", "model.layer"}  # settings that name stage one's block
 
 
 @dataclass
@@ -44,7 +45,8 @@ class Options:
 
     Measures the base model, chooses block and sources of stage one on it, trains STL and DCR until
     held-out toxic prompts are refused, evaluates all at STL's safety, and writes one page and an
-    export with its card. The same command goes on after a fault or a kill.
+    export with its card. What you set stays: of block and sources, only those that you leave out
+    are chosen. The same command goes on after a fault or a kill.
     """
 
     out: Path = entry.option("where run folders, page and export lie", Path("outputs/align"))
@@ -57,9 +59,11 @@ class Options:
 def main(options: Options) -> None:
     out = options.out
     training, evaluating = study.split_settings(options.settings)
+    if "method" in given_in(training):
+        raise ConfigError("method: this command trains STL and DCR both; leave it out")
     with study.notices_once():
         stl = study.job_of(out, "STL", ["method=stl", *training], evaluating)
-        dcr = study.job_of(out, "DCR", [READOUT, *training], evaluating)
+        dcr = study.job_of(out, "DCR", [*DCR, *training], evaluating)
         base = study.base_of(out, _training(stl), evaluating)
         study.in_fork(lambda: study.check_jobs([base, stl, dcr]))
         for settings in stl.evaluations if options.gate else ():
@@ -95,17 +99,21 @@ def _aligned(
     study.do_all(base.parts())
     stl, notes = _safe(out, base, training, evaluating)
     settings = _training(dcr)
+    given, pairs = given_in(training), candidates(settings, training)
     key = [config.plain(settings.model), config.plain(settings.data), settings.seed]
-    file = out / f"choice-{storage.fingerprint(key)}.json"
+    file = out / f"choice-{storage.fingerprint([*key, pairs] if pairs else key)}.json"
     chosen, why = [], f"stage one as configured: {NOT_CHOSEN}"
-    if elsewhere(settings.data):
-        study.do_all([Part("stage one", "choice", file.exists, lambda: _choose(settings, file))])
+    if pairs and given & BLOCK:
+        why = "stage one as configured: block and sources were given"
+    elif elsewhere(settings.data):
+        choose = functools.partial(_choose, settings, pairs, file)
+        study.do_all([Part("stage one", "choice", file.exists, choose)])
         record = storage.read_json(
             file, Chosen, f"delete {file}, and the same command chooses anew"
         )
-        chosen, why = _chosen(record, settings)
+        chosen, why = chosen_of(record, settings, given)
     rung = stl.name.split()[1:]
-    dcr = study.job_of(out, "DCR", [READOUT, *rung, *chosen, *training], evaluating)
+    dcr = study.job_of(out, "DCR", [*DCR, *rung, *chosen, *training], evaluating)
     gate = out / f"gate-{storage.fingerprint(key)}" if gated else None
     if gate:
         work = functools.partial(_train_gate, settings, gate)
@@ -142,14 +150,28 @@ def elsewhere(data: DataConfig) -> bool:
     return any(name not in SOURCES or SOURCES[name].embedded is None for name in names)
 
 
-def _choose(settings: TrainConfig, file: Path) -> None:
-    """Choose block and sources; the block alone where the sources are a user's own files."""
+def given_in(training: Sequence[str]) -> set[str]:
+    """The keys that the user sets, by the words of the settings of training."""
+    return {word.lstrip("+~").partition("=")[0] for word in training}
+
+
+def candidates(settings: TrainConfig, training: Sequence[str]) -> str | None:
+    """The pairs for `choice.transfer.choose`: "none" where sources stay, else None, the usual.
+
+    They stay where the user gives them, or where they are files of the user's own.
+    """
+    named = {*settings.data.seemingly_toxic.source, *settings.data.toxic.source}
+    nodes = ("data.seemingly_toxic", "data.toxic")
+    stay = given_in(training) & {*nodes, *(f"{node}.source" for node in nodes)}
+    return "none" if stay or not named <= SOURCES.keys() else None
+
+
+def _choose(settings: TrainConfig, pairs: str | None, file: Path) -> None:
+    """Choose block and sources, or the block alone where `pairs` is "none"."""
     from dcr.choice.transfer import choose  # with torch, for which help does not wait
 
-    named = {*settings.data.seemingly_toxic.source, *settings.data.toxic.source}
-    candidates = None if named <= SOURCES.keys() else "none"
     settings, _ = machine.of_training(settings)
-    storage.write_json(file, choose(settings, pairs=candidates).record())
+    storage.write_json(file, choose(settings, pairs=pairs).record())
 
 
 class Estimate(TypedDict):
@@ -170,18 +192,23 @@ class Chosen(TypedDict):
     common_tests: list[str]
 
 
-def _chosen(record: Chosen, settings: TrainConfig) -> tuple[list[str], str]:
-    """Settings of stage one that transfer best to prompts of another origin, and the reason."""
+def chosen_of(record: Chosen, settings: TrainConfig, given: set[str]) -> tuple[list[str], str]:
+    """Settings of stage one that transfer best to prompts of another origin, and the reason.
+
+    Those that are `given` stay as they are, and so does a block that is given otherwise.
+    """
     best = record["pairs"][0]
-    words = [f"dcr.layer={best['best_block']}"]
+    words = {} if given & BLOCK else {"dcr.layer": str(best["best_block"])}
     for kind in ("seemingly_toxic", "toxic"):
         names, node = best[kind], getattr(settings.data, kind)
         if names != node.source:
-            words += [f"data.{kind}.source=[{','.join(names)}]"]
-            words += ["dcr.ratio=null" if kind == "toxic" else f"data.{kind}.count=null"]
+            words[f"data.{kind}.source"] = f"[{','.join(names)}]"
+            words["dcr.ratio" if kind == "toxic" else f"data.{kind}.count"] = "null"
+    new = [f"{key}={value}" for key, value in words.items() if key not in given]
     shared, tests = best["transfer_on_common_tests"], ", ".join(record["common_tests"])
     measured = f", AUROC {shared['estimate']:.2f} on {tests}" if shared else ""
-    return words, f"stage one: {' '.join(words)}, where a linear probe transfers best{measured}"
+    found = f"a linear probe transfers best in block {best['best_block']}{measured}"
+    return new, f"stage one: {' '.join(new) or 'as configured'}; {found}"
 
 
 # --- whether safety was learnt ------------------------------------------------------------------

@@ -236,6 +236,11 @@ def test_a_plan_opens_no_weight(
 # --- a model of one's own -----------------------------------------------------------------------
 
 
+def free(words: list[str]) -> list[str]:
+    """The settings without the block of stage one, which is then chosen."""
+    return [word for word in words if word != "model.layer=1"]
+
+
 def test_safety_that_is_not_learnt_ends_in_one_line_and_says_what_was_tried(
     words: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -270,7 +275,7 @@ def test_a_model_of_ones_own_ends_as_page_and_export(
     monkeypatch.setattr(refusal, "is_refusal", some)
     monkeypatch.setattr(align, "LEARNT", 0.0)
     monkeypatch.setattr(align, "elsewhere", lambda _: True)
-    asked = [f"out={tmp_path}", *words, "sft.readout.steps=2"]
+    asked = [f"out={tmp_path}", *free(words), "sft.readout.steps=2"]
     assert align.main(asked) == 0
     said = capfd.readouterr().out
     refused = [
@@ -331,7 +336,7 @@ def test_a_model_of_ones_own_that_is_killed_again_and_again_ends_the_same(
     monkeypatch.setattr(align, "elsewhere", lambda _: True)
 
     def asked(place: Path) -> list[str]:
-        return [f"out={place}", *words, "sft.readout.steps=2"]
+        return [f"out={place}", *free(words), "sft.readout.steps=2"]
 
     def files(place: Path) -> list[Path]:
         return [file.relative_to(place) for file in sorted(place.rglob("*")) if file.is_file()]
@@ -352,6 +357,60 @@ def test_a_model_of_ones_own_that_is_killed_again_and_again_ends_the_same(
             assert (whole / file).read_bytes() == (again / file).read_bytes(), file
     for folder in whole.glob("tiny*"):
         assert measured(folder) == measured(again / folder.name)
+
+
+@pytest.mark.parametrize(
+    ("given", "pairs"),
+    [
+        ([], None),
+        (["data.normal.count=9", "dcr.ratio=1"], None),
+        (["data.toxic.source=stl_safety"], "none"),
+        (["data.toxic={source: stl_safety}"], "none"),
+        (["data.seemingly_toxic.source=[mine.jsonl]"], "none"),
+    ],
+)
+def test_sources_that_the_user_gives_stay(given: list[str], pairs: str | None) -> None:
+    """A chosen source beside a given one would be a pair that nothing was measured on."""
+    settings = trained(study.job_of(Path("out"), "DCR", ["data=paper", *given], []))
+    assert align.candidates(settings, given) == pairs
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ((), "dcr.layer=7 data.toxic.source=[harmfulqa] dcr.ratio=null"),
+        (("dcr.ratio",), "dcr.layer=7 data.toxic.source=[harmfulqa]"),
+        (("dcr.depth",), "data.toxic.source=[harmfulqa] dcr.ratio=null"),
+        (("dcr.layer", "data.toxic.source", "dcr.ratio"), ""),
+    ],
+)
+def test_what_is_chosen_is_told_as_it_is_set(given: tuple[str, ...], words: str) -> None:
+    settings = trained(study.job_of(Path("out"), "DCR", ["data=paper"], []))
+    pair: align.Pair = {
+        "best_block": 7,
+        "seemingly_toxic": ["xstest_safe"],
+        "toxic": ["harmfulqa"],
+        "transfer_on_common_tests": {"estimate": 0.72},
+    }
+    record: align.Chosen = {"pairs": [pair], "common_tests": ["oktest / paper_safety"]}
+    found, told = align.chosen_of(record, settings, {*given})
+    assert " ".join(found) == words
+    assert told == (
+        f"stage one: {words or 'as configured'}; a linear probe transfers best in block 7, "
+        "AUROC 0.72 on oktest / paper_safety"
+    )
+
+
+def test_a_method_is_refused_and_a_preset_changes_none(
+    words: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    asked = [f"out={tmp_path}", *words, "plan=true"]
+    assert align.main([*asked, "method=stl"]) == 2
+    assert "method: this command trains STL and DCR both; leave it out" in capfd.readouterr().err
+    assert align.main([*asked, "preset=recommended"]) == 0
+    stage_one = re.search(r"^ DCR +(\S)", capfd.readouterr().out, re.MULTILINE)
+    assert stage_one
+    assert stage_one[1] != "–"
 
 
 def test_block_and_sources_are_chosen_by_sets_of_another_origin_alone() -> None:
