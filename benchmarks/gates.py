@@ -25,6 +25,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline, make_union
 
+from dcr import inference
 from dcr.analyses import separability
 from dcr.core import models, prompts, sources
 from dcr.core.config import ModelConfig, Precision, resolving
@@ -39,7 +40,7 @@ from dcr.steering import vectors
 
 KINDS = ("seemingly_toxic", "toxic")
 DEPTH = 0.6
-NONE = "no gate"
+FOLDERS = "the gate"  # the mean over those of --gate
 ROOT = Path(__file__).parent.parent
 Gate = Callable[[Sequence[str]], np.ndarray]  # a score for each prompt, higher is more toxic
 
@@ -82,7 +83,14 @@ def by_probe(policy: Policy, chat: prompts.ChatFormat) -> Gate:
 def by_classifier(folder: Path) -> Gate:
     """A gate that `python -m dcr.gate` trained."""
     gate = classifier.open_gate(folder, Precision.fp32)
-    return lambda asked: np.array(gate.scores(asked))
+    known: dict[str, float] = {}  # runs are mostly asked the same prompts
+
+    def scores(asked: Sequence[str]) -> np.ndarray:
+        new = [prompt for prompt in dict.fromkeys(asked) if prompt not in known]
+        known.update(zip(new, gate.scores(new), strict=True) if new else ())
+        return np.array([known[prompt] for prompt in asked])
+
+    return scores
 
 
 def gated(model: arms.Model, scores: np.ndarray) -> arms.Model:
@@ -101,7 +109,7 @@ def main() -> None:
     parser.add_argument("--safety", type=float, default=0.8)
     parser.add_argument("--record", help="the name of a record to write, or to write anew")
     given = parser.parse_args()
-    found: list[dict[str, Any]] = []
+    plan, found = comparing.plan_of(given.plan), list[dict[str, Any]]()
     tuned = {folder.name: by_classifier(folder) for folder in given.gate}
     if len(tuned) < len(given.gate):
         parser.error("--gate: two folders have one name")
@@ -118,23 +126,63 @@ def main() -> None:
         first = first or {"TF-IDF": by_words()} | on_base(node) | tuned
         gates = first | on_weights(run, node)
         sizes = {name: asked.sets.count(name) for name in dict.fromkeys(asked.sets)}
-        rows: list[dict[str, Any]] = [{"gate": NONE, **figures(own, asked, given.safety)}]
+        arm = arm_of(run, plan)
+        rows: list[dict[str, Any]] = [{"name": arm, **figures(own, asked, given.safety)}]
         for name, gate in gates.items():
             counting.count(given.plan, folder.name, f"gate: {name}", ["gate"], sizes)
-            rows.append({"gate": name, **figures(gated(own, gate(texts)), asked, given.safety)})
+            behind = figures(gated(own, gate(texts)), asked, given.safety)
+            rows.append({"name": f"{arm.rpartition(' + ')[2]} behind {name}", **behind})
+        if tuned:
+            rows.append(mean_of([row for row in rows if row["name"].rpartition(" ")[2] in tuned]))
         for row in rows:
             print(json.dumps({"run": folder.name, **row}), flush=True)
             found += numbers(row, run, origins.of(measured.folder), len(texts), given.safety)
+    metric = f"gates/answered_at/{given.safety:g}"
+    for words in (plan.primary, *plan.others):
+        found += difference(words, [row for row in found if row["metric"] == metric])
     if given.record:
-        command = f"python benchmarks/gates.py {given.plan} <run> ... --record {given.record}"
+        command = f"python benchmarks/gates.py {given.plan} <run> ... --gate <gate> ..."
+        command += f" --record {given.record}"
         writing.keep(found, ROOT / writing.RECORDS / f"{given.record}.csv", command)
+
+
+def arm_of(run: Run, plan: counting.Plan) -> str:
+    """The first arm of the plan that the run is of. Raises StopIteration for none."""
+    made_with = run.config()
+    return next(arm for arm, words in plan.arms.items() if comparing.is_made_with(made_with, words))
+
+
+def mean_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The mean over gates in front of one run, which has no interval of its own."""
+    name = rows[0]["name"].partition(" behind ")[0]
+    means = {
+        key: round(float(np.mean([row[key] for row in rows])), 3)
+        for key in rows[0].keys() - {"name", "low", "high"}
+    }
+    return {"name": f"{name} behind {FOLDERS}", "low": "", "high": "", **means}
+
+
+def difference(words: str, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The mean difference of two arms over seeds, with Student's interval; none without both."""
+    one, other = (
+        {row["seed"]: row for row in rows if row["name"] == name} for name in words.split(" - ")
+    )
+    seeds = sorted(one.keys() & other.keys())
+    if not seeds:
+        return []
+    sides = [[side[seed]["value"] for seed in seeds] for side in (one, other)]
+    over = inference.paired_over_seeds(*sides)
+    metric = one[seeds[0]]["metric"].replace("answered_at", "difference") + "/over_seeds"
+    print(f"{words}: {over.estimate:+.3f} [{over.low:+.3f}, {over.high:+.3f}], seeds {seeds}")
+    about = {"name": words, "seed": "", "metric": metric, "value": round(over.estimate, 4)}
+    return [one[seeds[0]] | about | {"low": round(over.low, 4), "high": round(over.high, 4)}]
 
 
 def numbers(
     row: dict[str, Any], run: Run, origin: origins.Origin, count: int, safety: float
 ) -> list[dict[str, Any]]:
     """The rows of a record from what a gate did in front of a run."""
-    about = {"name": row["gate"], "seed": run.config()["seed"], "judge": "outcome", "n": count}
+    about = {"name": row["name"], "seed": run.config()["seed"], "judge": "outcome", "n": count}
     about |= {"prompts": origin.prompts.get("", ""), "trained_on": origin.trained_on}
     about |= {"machine": origin.machine}
     about["date"] = datetime.datetime.now(datetime.UTC).isoformat()
@@ -154,6 +202,8 @@ def on_base(node: ModelConfig) -> dict[str, Gate]:
 def on_weights(run: Run, node: ModelConfig) -> dict[str, Gate]:
     """The gates that read a run's own weights."""
     found: dict[str, Gate] = {}
+    if run.done("readout"):  # which reads them itself
+        return found
     for stage in ("contrastive", "sft"):
         if run.done(stage):
             place = run.stage(stage)

@@ -103,7 +103,7 @@ def _by_arm(plan: Plan, found: list[Run]) -> dict[tuple[str, int], Run]:
     for run in found:
         made_with = run.config()
         for arm, words in plan.arms.items():
-            if made_with.get("seed") in plan.seeds and _is(made_with, words):
+            if made_with.get("seed") in plan.seeds and is_made_with(made_with, words):
                 key = arm, made_with["seed"]
                 if key in there:
                     raise DataError(
@@ -118,7 +118,7 @@ def _by_arm(plan: Plan, found: list[Run]) -> dict[tuple[str, int], Run]:
     return {(arm, seed): there[arm, seed] for arm in plan.arms for seed in plan.seeds}
 
 
-def _is(made_with: dict[str, Any], words: str) -> bool:
+def is_made_with(made_with: dict[str, Any], words: str) -> bool:
     """Whether a run was made with all settings of an arm, written as on the command line."""
     for word in words.split():
         if word.startswith(STEERING):
