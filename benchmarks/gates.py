@@ -170,8 +170,8 @@ def difference(words: str, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any
     seeds = sorted(one.keys() & other.keys())
     if not seeds:
         return []
-    sides = [[side[seed]["value"] for seed in seeds] for side in (one, other)]
-    over = inference.paired_over_seeds(*sides)
+    ours, theirs = ([side[seed]["value"] for seed in seeds] for side in (one, other))
+    over = inference.paired_over_seeds(ours, theirs)
     metric = one[seeds[0]]["metric"].replace("answered_at", "difference") + "/over_seeds"
     print(f"{words}: {over.estimate:+.3f} [{over.low:+.3f}, {over.high:+.3f}], seeds {seeds}")
     about = {"name": words, "seed": "", "metric": metric, "value": round(over.estimate, 4)}

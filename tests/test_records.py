@@ -280,6 +280,23 @@ def test_a_line_of_a_table_may_be_of_another_record(records: Path) -> None:
     assert pages.rendered(shown, records) == shown
 
 
+def test_rates_of_all_sets_are_those_of_all_their_answers(records: Path) -> None:
+    text = (records / "one.csv").read_text().splitlines()
+    (line,) = [line for line in text if ",bad," in line and line.startswith("stl,")]
+    cells = dict(zip(text[0].split(","), line.split(","), strict=True))
+    other = cells | {"set": "worse", "value": "0.9", "n": "10"}
+    (records / "one.csv").write_text("\n".join([*text, ",".join(other.values())]) + "\n")
+    mark = "It refuses <!-- record one name=stl metric=refused set=* as={} -->1<!-- /record -->."
+    count = round(float(cells["value"]) * int(cells["n"])) + 9
+    total = int(cells["n"]) + 10
+    assert f">{count} of {total}<" in pages.rendered(mark.format("count"), records)
+    low, high = scipy.stats.binomtest(count, total).proportion_ci(method="wilson")
+    head = "<!-- record one columns=name name=stl metric=refused as=.3f"
+    table = f"{head}\nx | set=*\n-->\n<!-- /record -->"
+    shown = f"| x | {count / total:.3f} [{low:.3f}–{high:.3f}] |"
+    assert shown in pages.rendered(table, records)
+
+
 def test_a_table_without_its_record_is_left_out(records: Path) -> None:
     text = "<!-- record none columns=name name=a\nx | metric=refused\n-->{}<!-- /record -->"
     assert pages.rendered(text.format("\n| old |\n"), records) == text.format("\n")

@@ -24,6 +24,7 @@ CODE = r"^```.*?^```"  # is left as it is
 MARKED = re.compile(
     rf"{CODE}|(<!-- record (\S+) (.*?)-->).*?(<!-- /record -->)", re.DOTALL | re.MULTILINE
 )
+ALL = "*"  # sets, together
 LISTED = re.compile(r"(<!-- records -->\n).*?(<!-- /records -->)", re.DOTALL)
 Row = dict[str, str]
 
@@ -102,13 +103,30 @@ def _found(rows: list[Row], asked: dict[str, str]) -> tuple[list[Row], str]:
     how = asked.pop("as", ".2f")
     if wrong := [key for key in asked if key not in OF]:
         raise ConfigError(f"{wrong[0]}={asked[wrong[0]]}: no such column; give {', '.join(OF)}, as")
+    if together := asked.get("set") == ALL:
+        asked = {key: value for key, value in asked.items() if key != "set"}
     found = [row for row in rows if all(row[key] == value for key, value in asked.items())]
+    found = _pooled(found) if together else found
     # runs of several seeds may have names of their own
     alike = {tuple(row[key] for key in OF if key not in ("name", "seed")) for row in found}
     if len(alike) != 1 or len({row["seed"] for row in found}) != len(found):
         told = " ".join(f"{key}={value}" for key, value in asked.items())
         raise DataError(f"{told}: {len(found) or 'no'} numbers in the record; name other columns")
     return found, how
+
+
+def _pooled(rows: list[Row]) -> list[Row]:
+    """Rates of several sets as those of all their answers, with Wilson's interval."""
+    found: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[key] for key in OF if key != "set"), []).append(row)
+    made: list[Row] = []
+    for of in found.values():
+        n = sum(int(row["n"]) for row in of)
+        over = inference.wilson(round(sum(float(r["value"]) * int(r["n"]) for r in of)), n)
+        number = {"value": over.estimate, "low": over.low, "high": over.high, "n": n}
+        made.append(of[0] | {"set": ALL, **{key: str(value) for key, value in number.items()}})
+    return made
 
 
 def _shown(rows: list[Row], how: str, ends: bool = False) -> str:
