@@ -375,7 +375,12 @@ def model_card(run: Run, stage: str, made_with: Mapping[str, Any], weights: Weig
         settings=_settings(run, made_with, stages, weights.depth),
         rows=rows,
         fingerprint=storage.fingerprint({n: part["fingerprint"] for n, part in rows.items()}),
-        sources=dict.fromkeys(row for each in stages for row in _sources(made_with, each)),
+        sources=dict.fromkeys(
+            [
+                *(row for each in stages for row in _sources(made_with, each)),
+                *_sources_of_gate(weights.gate or {}),
+            ]
+        ),
         scores=measured.query(
             "quantity == 'refused' and judge == 'keyword:paper' and n > 0"
         ).drop_duplicates(["set", "kind", "n", "count"]),
@@ -438,9 +443,22 @@ def _sources(made_with: Mapping[str, Any], stage: str) -> Iterator[tuple[str, st
         else:
             named = made_with.get("data", {}).get(use, {}).get("source") or []
         for source in [named] if isinstance(named, str) else named:
-            known = SOURCES.get(source)
-            licence = known.licence if known else "a file of the user's"
-            yield use, source if known else Path(source).name, licence
+            yield use, *_licensed(source)
+
+
+def _sources_of_gate(gate: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """The same of the pairs that a gate has learnt."""
+    for kind, part in gate.get("made_with", {}).get("pairs", {}).items():
+        if not kind.endswith("heldout"):
+            for source in part["sources"]:
+                yield f"gate: {kind}", *_licensed(source)
+
+
+def _licensed(source: str) -> tuple[str, str]:
+    """A source's name, without the folders of a user's file, and its licence."""
+    known = SOURCES.get(source)
+    licence = known.licence if known else "a file of the user's"
+    return source if known else Path(source).name, licence
 
 
 def evaluated(

@@ -231,7 +231,7 @@ def test_a_gate_goes_along_and_plain_transformers_answers_behind_it_as_we_do(
     calibrated: Path, moved: Run, tmp_path: Path
 ) -> None:
     del calibrated  # for what it patches
-    gate, out = write_gate(tmp_path / "gate"), tmp_path / "gated"
+    gate, out = write_gate(tmp_path / "gate", learnt=["demo_toxic"]), tmp_path / "gated"
     asked = [f"run={moved.folder}", f"out={out}", "precision=fp32"]
     assert export.main([*asked, "calibrate=0.6", f"gate={gate}"]) == 0
     node = ModelConfig(name=str(out), template="chatml", system_prompt=SYSTEM)
@@ -251,6 +251,7 @@ def test_a_gate_goes_along_and_plain_transformers_answers_behind_it_as_we_do(
     assert "sequence_bias" not in (out / "generation_config.json").read_text()
     card_text = (out / "README.md").read_text()
     assert f"lies above {record['threshold']:.4g}, so that at least\n60% of toxic" in card_text
+    assert "| gate: toxic | demo_toxic | as this project |" in card_text
     assert not (out / "dcr_logits.py").exists()
     assert export.main([*asked[:1], f"out={tmp_path}/no", "gating.threshold=0.3"]) == 2
     assert not (tmp_path / "no").exists()

@@ -224,6 +224,7 @@ def test_a_folder_of_anything_else_is_not_written_into(
         ("sft.readout.toxic=[contrasts_toxic_heldout]", "calibrate= chooses a gate's threshold"),
         ("sft.readout.toxic=[demo_seemingly_toxic]", "holds seemingly_toxic prompts, not toxic"),
         ("trainer.devices=2", "a gate trains on one device"),
+        ("plan=true", "plan=True: a gate has none; leave it out"),
         ("model.quantization=nf4", "a gate is trained on weights in full"),
     ],
 )

@@ -15,6 +15,7 @@ snapshots/step-000020/   adapters during SFT
 tracking/<stage>/step-…/ measurements of tracking.quantities, prompt by prompt
 checkpoints/<stage>/     for resuming, gone when the stage is done
 eval/<fingerprint>/      completions, verdicts, metrics.json
+gates/<fingerprint>/     scores of prompts by a gate
 labels/<sheet>/          answers drawn for people to label, and their labels
 """
 

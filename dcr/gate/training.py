@@ -133,6 +133,9 @@ def pairs(settings: TrainConfig) -> Splits:
 
 def _check(settings: TrainConfig) -> None:
     trainer = settings.trainer
+    for key, value in (("plan", settings.plan), ("run", settings.run)):
+        if value:
+            raise ConfigError(f"{key}={value}: a gate has none; leave it out, and name out=")
     if trainer.devices * trainer.num_nodes > 1:
         raise ConfigError(f"trainer.devices={trainer.devices}: a gate trains on one device")
     if settings.model.quantization is not Quantization.none:

@@ -355,9 +355,10 @@ def contamination(chosen: Selection) -> Grid:
 def calibrated(chosen: Selection) -> TextTable | None:
     """Calibration: achieved against target.
 
-    A bias on the first token of refusals was chosen so that a share of the validation prompts is
-    refused. What it brings on other toxic prompts is measured; it may miss, and by set it may miss
-    either way. “Off by” are percentage points above or below the target, by keywords.
+    A bias on the first token of refusals, or a gate's threshold, was chosen so that a share of the
+    validation prompts is refused. What it brings on other toxic prompts is measured; it may miss,
+    and by set it may miss either way. “Off by” are percentage points above or below the target, by
+    keywords.
     """
     rows = list[tuple[str, ...]]()
     for column in chosen.columns:
