@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
-from tiny_run import WORDS, Stop, at_each_step, changed, same, settings, stop, write_jsonl
+from tiny_run import WORDS, Stop, at_each_step, changed, failing, same, settings, stop, write_jsonl
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
@@ -19,6 +19,7 @@ from dcr.core import models, prompts, sources
 from dcr.core.config import ConfigError, DataError, Precision, TrainConfig
 from dcr.core.models import structure
 from dcr.core.text import conversation
+from dcr.core.training import resuming
 from dcr.gate import Recipe, training
 from dcr.gate import __main__ as command
 from dcr.gating import classifier
@@ -184,6 +185,14 @@ def test_training_goes_on_where_it_was_stopped(
     del steps[:]
     assert training.train(tiny, RECIPE, out)["threshold"] == 0.5
     assert not steps  # it was there
+
+
+def test_running_out_of_memory_names_what_a_gate_can_turn_down(
+    tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_each_step(monkeypatch, failing(torch.OutOfMemoryError("tried to allocate 20 GiB.")))
+    with pytest.raises(resuming.TrainingError, match=r"20 GiB\.\): lower batch_size, or name a"):
+        training.train(tiny, RECIPE, tmp_path / "gate")
 
 
 def test_what_other_settings_have_begun_is_left(

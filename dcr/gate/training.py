@@ -313,7 +313,7 @@ def _fit(
         gradient_clip_val=CLIP,
         default_root_dir=str(run.folder),
     )
-    with resuming.faults_explained():
+    with resuming.faults_explained("lower batch_size, or name a smaller model"):
         trainer.fit(module, datamodule=batches, ckpt_path=checkpoint, weights_only=True)
     lease.check()
 

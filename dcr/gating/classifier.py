@@ -45,7 +45,7 @@ class Gate:
         for places in machine.by_tokens(encoded, TOKENS):
             batch = [encoded[place] for place in places]
             scores = logits(self.model, padded(batch, pad_of(self.model)), attention_mask(batch))
-            for place, score in zip(places, scores.double().sigmoid().tolist(), strict=True):
+            for place, score in zip(places, scores.cpu().double().sigmoid().tolist(), strict=True):
                 found[place] = score
         return found
 

@@ -39,6 +39,10 @@ log = logging.getLogger(__name__)
 
 KEPT = 2  # the newest checkpoint and one to fall back on
 PEER_LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
+LOWER = (
+    "lower sft.micro_tokens, sft.max_len or dcr.batch_size, or set sft.gradient_checkpointing=true "
+    "or dcr.adapter=lora"
+)
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -83,8 +87,8 @@ class Interrupted(UserError):
 
 
 @contextmanager
-def faults_explained() -> Iterator[None]:
-    """Running out of memory becomes a TrainingError that names what to turn down.
+def faults_explained(cure: str = LOWER) -> Iterator[None]:
+    """Running out of memory becomes a TrainingError with the cure, what to turn down.
 
     So does the end of another process of the job, which this one then waits for in vain.
     """
@@ -102,9 +106,7 @@ def faults_explained() -> Iterator[None]:
         if not machine.is_out_of_memory(error):
             raise
         raise TrainingError(
-            f"out of memory ({text.splitlines()[0][:120]}): lower sft.micro_tokens, sft.max_len or "
-            "dcr.batch_size, or set sft.gradient_checkpointing=true or dcr.adapter=lora; the last "
-            "checkpoint is kept"
+            f"out of memory ({text.splitlines()[0][:120]}): {cure}; the last checkpoint is kept"
         ) from error
 
 
