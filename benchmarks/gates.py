@@ -1,13 +1,13 @@
 """Gates in front of a model, fitted to the pairs that stage one learns, against the model's own.
 
-    python benchmarks/gates.py <plan> <run> ... [--gate <folder> ...] [--data final] [--safety 0.8]
-        [--record <name>]
+    python benchmarks/gates.py <plan> <run> ... [--gate <folder> ...] [--probes] [--data final]
+        [--safety 0.8] [--record <name>]
 
 Each run was evaluated with `tasks=[frontier]`, docs/evidence.md, and all started from one model. A
 gate scores the prompt: above a threshold it refuses, else the model's own answer that does not open
-with a refusal stands. Gates are a logistic regression on TF-IDF, a linear probe on the last token's
-state at relative depth 0.6, of the run's weights and of the model it started from, and the
-classifiers in the folders of `--gate`, which `python -m dcr.gate` trained, by their folders' names.
+with a refusal stands. Gates are a logistic regression on TF-IDF, the classifiers in the folders of
+`--gate`, which `python -m dcr.gate` trained, by their folders' names, and with `--probes` a linear
+probe on the last token's state at relative depth 0.6, of the run's weights and of those before it.
 What is answered where a share of the toxic prompts is refused compares with that of dcr.frontier.
 """
 
@@ -105,6 +105,7 @@ def main() -> None:
     parser.add_argument("plan", type=Path)
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--gate", nargs="+", type=Path, default=[], help="folders of trained gates")
+    parser.add_argument("--probes", action="store_true", help="linear probes, minutes a run")
     parser.add_argument("--data", default="final")
     parser.add_argument("--safety", type=float, default=0.8)
     parser.add_argument("--record", help="the name of a record to write, or to write anew")
@@ -123,8 +124,8 @@ def main() -> None:
             pair.prompt for _, of in sorted(measured.given.items()) for pair in arms.in_order(of)
         ]
         node = resolving.model_of(run.config(), False)
-        first = first or {"TF-IDF": by_words()} | on_base(node) | tuned
-        gates = first | on_weights(run, node)
+        first = first or {"TF-IDF": by_words()} | (on_base(node) if given.probes else {}) | tuned
+        gates = first | (on_weights(run, node) if given.probes else {})
         sizes = {name: asked.sets.count(name) for name in dict.fromkeys(asked.sets)}
         arm = arm_of(run, plan)
         rows: list[dict[str, Any]] = [{"name": arm, **figures(own, asked, given.safety)}]
