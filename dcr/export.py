@@ -175,6 +175,7 @@ def export(
     )
     for fault in gating.relations(settings):
         raise ConfigError(fault)
+
     import torch
     from peft import PeftModel
 
@@ -183,7 +184,6 @@ def export(
     from dcr.core import models
     from dcr.core.models import folders, structure
     from dcr.gating import answers
-    from dcr.gating import serving as gate_serving
 
     if gate is not None:
         answers.check(settings, made_with)
@@ -219,10 +219,7 @@ def export(
         card = model_card(run, stage, made_with, weights)
         (staging / "README.md").write_text(card, encoding="utf-8")
         if gate is not None:
-            shutil.copytree(gate, staging / "gate")
-            storage.write_json(staging / "gate" / gating.RECORD, rule)
-            storage.write_checksums(staging / "gate")
-            shutil.copyfile(gate_serving.__file__, staging / GATED)
+            _put_gate(gate, rule, staging)
         elif record:
             shutil.copyfile(serving.__file__, staging / PROCESSOR)
         measured, _, _ = evaluated(run, stage, told)
@@ -230,6 +227,16 @@ def export(
             numbers = results.csv_text(measured.drop(columns=["run", "edit", "file"]))  # no paths
             (staging / "metrics.csv").write_text(numbers, encoding="utf-8")
     return out
+
+
+def _put_gate(gate: Path, rule: Any, staging: Path) -> None:
+    """Put a gate with the rule of this export, and the file that runs it, beside the weights."""
+    from dcr.gating import serving
+
+    shutil.copytree(gate, staging / "gate")
+    storage.write_json(staging / "gate" / gating.RECORD, rule)
+    storage.write_checksums(staging / "gate")
+    shutil.copyfile(serving.__file__, staging / GATED)
 
 
 def _evaluated_in(run: Run) -> Precision:

@@ -23,7 +23,7 @@ SHUT = -100.0  # logits: with this bias no answer opens with a refusal's first t
 
 @dataclass
 class GatingConfig:
-    """What a gate refuses, and whether the model behind it refuses as well."""
+    """The threshold of a gate's refusals, and whether the model behind it refuses as well."""
 
     # The probability of being toxic above which a prompt is refused; null: the gate's own, or what
     # `calibrate` chooses.

@@ -80,7 +80,7 @@ def open_gate(
 
 
 def record_of(folder: Path) -> Record:
-    """What a gate's `gate.json` says. Raises ConfigError where the folder holds no gate."""
+    """The content of a gate's `gate.json`. Raises ConfigError where the folder holds no gate."""
     if not (folder / RECORD).is_file():
         there = "holds no gate.json" if folder.is_dir() else "no such folder"
         raise ConfigError(
