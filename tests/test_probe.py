@@ -117,6 +117,12 @@ def test_nothing_behind_the_first_answer_token_is_edited(
     assert not torch.equal(plain[0][:, -1], edited[0][:, -1])
     assert torch.equal(plain[0][:, :-1], edited[0][:, :-1])
     assert torch.equal(plain[1], edited[1])
+    begun = torch.cat([ids, token], 1)
+    with torch.inference_mode():
+        unedited = policy.model(input_ids=begun, attention_mask=torch.ones_like(begun)).logits
+        with edits.edited(policy.model, probe.edits(policy, chat, made, settings(5))):
+            found = policy.model(input_ids=begun, attention_mask=torch.ones_like(begun)).logits
+    assert torch.equal(found, unedited), "an answer that calibration begins"
 
 
 def test_a_text_without_a_mask_is_not_edited(policy: Policy, chat: ChatFormat, made: Any) -> None:

@@ -172,6 +172,23 @@ def test_a_batch_is_steered_as_each_prompt_alone(deep: Policy) -> None:
     assert plain != tokens
 
 
+def test_an_answer_that_is_begun_goes_on_as_behind_its_prompt(deep: Policy) -> None:
+    """As calibration begins answers, with either sign of the edit."""
+    chat, texts = chat_of(deep), ["Ruin the pond!", "Where is the city of Rome?"]
+    told = settings(strength=3.0)
+    found = scans.find(deep, chat, DRAWN, told)
+    own = scores(deep, chat, texts, found[0]["reference"])
+    found[1]["threshold"] = sum(own) / 2
+    with editing.edited(deep.model, scans.edits(deep, chat, found, told)):
+        tokens, logits = answered(deep, chat, texts)
+        begun = [[*chat.prompt_ids(text), row[0]] for text, row in zip(texts, tokens, strict=True)]
+        mask = passes.attention_mask(begun, left=True).long()
+        padded = passes.padded(begun, 0, left=True)
+        further, after = generated(deep.model, padded, mask, tokens=5)
+    assert further == [row[1:] for row in tokens]
+    torch.testing.assert_close(after, logits[:, 1:], rtol=1e-3, atol=1e-4)
+
+
 def test_one_further_pass_a_prompt_and_nothing_more(deep: Policy) -> None:
     chat = chat_of(deep)
     found = scans.find(deep, chat, DRAWN, settings())

@@ -19,7 +19,7 @@ from dcr.core.prompts import ChatFormat
 from dcr.steering import ProbeConfig, SteeringConfig, vectors
 from dcr.steering.edits import Edit, Edits, Plan
 from dcr.steering.prompts import Extraction
-from dcr.steering.scans import rows, starts
+from dcr.steering.scans import asked_in, rows, starts
 from dcr.steering.vectors import Vectors
 
 RELATIVE_DEPTH = 0.6  # probes transfer best there (docs/analyses.md)
@@ -87,15 +87,16 @@ def edits(policy: Policy, chat: ChatFormat, made: Vectors, settings: SteeringCon
     Each batch of prompts takes one further pass up to the probe's block. Texts without a mask, as
     the lm-evaluation-harness scores them, have no first answer token and stay unedited.
     """
-    del chat
     tensors, info = made
-    model, depth = policy.model, len(structure.decoder_blocks(policy.model))
+    lead, model, depth = chat.lead(), policy.model, len(structure.decoder_blocks(policy.model))
     probe = tensors["probe"].to(policy.model.device)
 
     def plan(ids: Tensor, mask: Tensor | None) -> Edits:
         if mask is None:
             return []
         prompts, block = rows(ids, mask), info["block"]
+        if prompts != asked_in(prompts, lead):  # how these answers open is decided
+            return []
         last = [[-1]] * len(prompts)
         states = vectors.read_states(model, prompts, last, until=block, size=len(prompts))
         scale = settings.strength * (states[block - 1, :, 0] @ probe + info["bias"])

@@ -92,16 +92,21 @@ def edits(policy: Policy, chat: ChatFormat, made: Vectors, settings: SteeringCon
     device, asked = policy.model.device, query(chat, settings.scans)
     directions, reference = (tensors[name].to(device) for name in ("vectors", "reference"))
     steered, compared = (range(a, b + 1) for a, b in (info["blocks"], info["compared"]))
+    lead = chat.lead()
 
     def plan(ids: Tensor, mask: Tensor | None) -> Edits:
-        prompts = rows(ids, mask)
+        prompts, start = rows(ids, mask), starts(ids, mask)
         if mask is None:
             texts = chat.tokenizer.batch_decode(prompts, skip_special_tokens=True)
             prompts = [chat.prompt_ids(text) for text in texts]
+        else:
+            given, prompts = prompts, asked_in(prompts, lead)
+            begun = [len(row) - len(own) for row, own in zip(given, prompts, strict=True)]
+            start = start - torch.tensor(begun, device=start.device)
         moved = transitions(read_places(policy.model, asked, prompts, len(prompts)), compared)
         toxic = similarity(moved, reference) >= info["threshold"]
         scale = torch.where(toxic, settings.strength, -settings.strength)
-        common = Edit(Site.block_output, 1, scale=scale, start=starts(ids, mask))
+        common = Edit(Site.block_output, 1, scale=scale, start=start)
         return [
             replace(common, block=block, add=vector)
             for block, vector in zip(steered, directions, strict=True)
@@ -201,6 +206,18 @@ def rows(ids: Int[Tensor, "batch length"], mask: Tensor | None) -> list[list[int
             end -= 1
         texts.append(row[:end])
     return texts
+
+
+def asked_in(given: Sequence[list[int]], lead: list[int]) -> list[list[int]]:
+    """The prompts without the tokens of an answer begun behind them, which calibration feeds.
+
+    A prompt ends with the tokens `lead`; a row that lacks them is taken for a whole prompt.
+    """
+    found, size = [], len(lead)
+    for ids in given:
+        places = range(len(ids), size - 1, -1)
+        found.append(ids[: next((end for end in places if ids[end - size : end] == lead), None)])
+    return found
 
 
 def starts(ids: Int[Tensor, "batch length"], mask: Tensor | None) -> Int[Tensor, " batch"]:
