@@ -9,15 +9,15 @@ so. `dcr.choice` then names block and sources of stage one.
 import functools
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from dcr import entry, export, extensions, gating, inference, study
+from dcr import calibration, entry, export, extensions, gating, inference, study
 from dcr import eval as evaluation
 from dcr.core import config, machine, refusal, storage
 from dcr.core.config import ConfigError, DataConfig, DataError, Kind, Stage, TrainConfig
@@ -25,6 +25,7 @@ from dcr.core.config.evaluation import EvalConfig
 from dcr.core.ending import single_line
 from dcr.core.runs import Run
 from dcr.core.sources import SOURCES
+from dcr.extensions import EvalSettings
 from dcr.plan import cost
 from dcr.study import Job, Part, StudyError
 
@@ -35,6 +36,7 @@ HELD_OUT = "heldout.json"  # the answers, in the run folders of base and STL
 SHOWN = 60  # characters shown of each, so that little of a toxic answer is
 SMALL = 1e9  # parameters, below which a model needs a higher learning rate and more steps
 NOT_CHOSEN = "every set to choose block and sources by is held out of the embedded corpus"
+UNREACHED = "unreached"  # beginning of files in run folders that say why there is no evaluation
 DCR = ("method=dcr", "sft.readout.steps=120")  # the readout as preset=recommended has it
 BLOCK = {"dcr.layer", "dcr.depth", "model.layer"}  # settings that name stage one's block
 
@@ -65,10 +67,7 @@ def main(options: Options) -> None:
         stl = study.job_of(out, "STL", ["method=stl", *training], evaluating)
         dcr = study.job_of(out, "DCR", [*DCR, *training], evaluating)
         base = study.base_of(out, _training(stl), evaluating)
-        study.in_fork(lambda: study.check_jobs([base, stl, dcr]))
-        for settings in stl.evaluations if options.gate else ():
-            for fault in gating.relations(replace(settings, gate="gate")):
-                raise ConfigError(fault)
+        study.in_fork(lambda: _check(base, stl, dcr, options.gate))
         if options.plan:
             study.in_fork(lambda: print(study.describe([base, stl, dcr])))
             more = "a gate, " if options.gate else ""
@@ -85,6 +84,20 @@ def _training(job: Job) -> TrainConfig:
     return job.training
 
 
+def _check(base: Job, stl: Job, dcr: Job, gated: bool) -> None:
+    """Raises UserError for a fault of any part that shows before weights are opened."""
+    from dcr.calibration import biases  # with torch, for which help does not wait
+
+    study.check_jobs([base, stl, dcr])
+    for job in (stl, dcr):
+        for settings in job.evaluations:
+            last = replace(settings, calibrate=str(stl.run.folder), gate="gate" if gated else None)
+            for fault in (*calibration.relations(last), *gating.relations(last)):
+                raise ConfigError(fault)
+            # the run to be as safe as is yet to come
+            biases.check(replace(last, calibrate="1"), config.plain(_training(job)))
+
+
 def _aligned(
     out: Path,
     base: Job,
@@ -92,47 +105,109 @@ def _aligned(
     training: Sequence[str],
     evaluating: Sequence[str],
     gated: bool,
-) -> Path:
-    """Do all parts in order and write the page with the reasons; returns the export's folder."""
+) -> str:
+    """Do all parts in order and write the page with the reasons.
+
+    Returns the export's folder, and why it is STL's where it would be DCR's.
+    """
     from dcr.report import building  # help and a slip need no drawing library
 
     study.do_all(base.parts())
     stl, notes = _safe(out, base, training, evaluating)
     settings = _training(dcr)
-    given, pairs = given_in(training), candidates(settings, training)
     key = [config.plain(settings.model), config.plain(settings.data), settings.seed]
-    file = out / f"choice-{storage.fingerprint([*key, pairs] if pairs else key)}.json"
-    chosen, why = [], f"stage one as configured: {NOT_CHOSEN}"
-    if pairs and given & BLOCK:
-        why = "stage one as configured: block and sources were given"
-    elif elsewhere(settings.data):
-        choose = functools.partial(_choose, settings, pairs, file)
-        study.do_all([Part("stage one", "choice", file.exists, choose)])
-        record = storage.read_json(
-            file, Chosen, f"delete {file}, and the same command chooses anew"
-        )
-        chosen, why = chosen_of(record, settings, given)
+    chosen, why = _stage_one(out, settings, training, key)
     rung = stl.name.split()[1:]
     dcr = study.job_of(out, "DCR", [*DCR, *rung, *chosen, *training], evaluating)
     gate = out / f"gate-{storage.fingerprint(key)}" if gated else None
     if gate:
         work = functools.partial(_train_gate, settings, gate)
         study.do_all([Part("gate", "training", (gate / gating.RECORD).exists, work)])
-    safe, best = str(stl.run.folder), stl if gate else dcr
+    safe, notes, short = str(stl.run.folder), [*notes, why], set[str]()
     for job in (stl, dcr, base):  # and all but STL by itself at its safety
         more = [replace(settings, calibrate=safe) for settings in job.evaluations]
         if job is stl:
             more = [replace(settings, gate=str(gate)) for settings in more if gate]
-        study.do_all(replace(job, evaluations=(*job.evaluations, *more)).parts())
+        study.do_all([*job.parts(), *(_at_safety(job, settings) for settings in more)])
+        for reason in dict.fromkeys(_unreached(job, more, stl)):
+            notes.append(f"not at STL's safety: {job.name}: {reason}")
+            short.add(job.name)
+    best = stl if gate or dcr.name in short else dcr
+    instead = ""
+    if best is stl and not gate:
+        instead = "STL in place of DCR, which no bias brings to STL's safety"
+        notes.append(f"exported: {instead}")
     folders = [job.run.folder for job in (base, stl, dcr)]
-    print(building.build(folders, out / "align.html", ["discernment"], notes=[*notes, why]))
+    print(building.build(folders, out / "align.html", ["discernment"], notes=notes))
     target = out / f"{best.run.folder.name}{'-gate' if gate else ''}-export"
-    trusted = settings.model.trust_remote_code
     written = functools.partial(
-        export.export, best.run, target, calibrate=safe, trust_remote_code=trusted, gate=gate
+        export.export,
+        best.run,
+        target,
+        calibrate=None if instead or best.name in short else safe,
+        trust_remote_code=settings.model.trust_remote_code,
+        gate=gate,
     )
     study.do_all([Part(best.name, "export", (target / "config.json").exists, written)])
-    return target
+    return f"{target} ({instead})" if instead else str(target)
+
+
+def _at_safety(job: Job, settings: EvalSettings) -> Part:
+    """A job's evaluation at STL's safety, or a file in its run folder that says why none can be."""
+    (part,) = replace(job, training=None, evaluations=(settings,)).parts()
+
+    def done() -> bool:
+        return part.done() or _unreached_file(job, settings).exists()
+
+    def work() -> None:
+        from dcr.calibration import biases  # with torch, for which help does not wait
+
+        try:
+            part.work()
+        except biases.NeverRefuses as error:
+            storage.write_json(_unreached_file(job, settings), str(error))
+
+    return replace(part, done=done, work=work)
+
+
+def _unreached_file(job: Job, settings: EvalSettings) -> Path:
+    return job.run.folder / f"{UNREACHED}-{study.evaluated_as(settings, job.run)}.json"
+
+
+def _unreached(job: Job, asked: Sequence[EvalSettings], stl: Job) -> Iterator[str]:
+    """Why a job is not at STL's safety in the evaluations that were asked to be."""
+    from dcr import results  # with pandas, for which help does not wait
+
+    for file in (_unreached_file(job, settings) for settings in asked):
+        if file.exists():
+            yield storage.read_json(file, str, f"delete {file}, and the same command tries again")
+    for file in sorted(job.run.folder.glob("eval/*/metrics.json")):
+        found = results.read(file).calibration
+        if found is None or found.run != stl.run.folder.name or found.target is None:
+            continue
+        toxic = [of for of in found.sets.values() if of.kind is Kind.toxic]
+        refused, n = sum(of.refused for of in toxic), sum(of.n for of in toxic)
+        if refused < (wanted := round(found.target * n)):
+            yield (
+                f"no bias makes it refuse more than {refused} of {n} toxic validation prompts, "
+                f"and STL refuses {wanted}"
+            )
+
+
+def _stage_one(
+    out: Path, settings: TrainConfig, training: Sequence[str], key: list[Any]
+) -> tuple[list[str], str]:
+    """Settings of stage one that are chosen on the model, and the reason; `key` is what decides."""
+    given, pairs = given_in(training), candidates(settings, training)
+    if pairs and given & BLOCK:
+        return [], "stage one as configured: block and sources were given"
+    if not elsewhere(settings.data):
+        return [], f"stage one as configured: {NOT_CHOSEN}"
+    file = out / f"choice-{storage.fingerprint([*key, pairs] if pairs else key)}.json"
+    choose = functools.partial(_choose, settings, pairs, file)
+    study.do_all([Part("stage one", "choice", file.exists, choose)])
+    record = storage.read_json(file, Chosen, f"delete {file}, and the same command chooses anew")
+    return chosen_of(record, settings, given)
 
 
 def _train_gate(settings: TrainConfig, folder: Path) -> None:

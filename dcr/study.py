@@ -315,7 +315,7 @@ def train_stage(settings: TrainConfig, run: Run, stage: Stage) -> None:
 
 
 def evaluation_done(settings: EvalSettings, run: Run) -> bool:
-    return (run.folder / "eval").is_dir() and _evaluated(settings, run) in _seconds(run)
+    return (run.folder / "eval").is_dir() and evaluated_as(settings, run) in _seconds(run)
 
 
 def evaluate(settings: EvalSettings, run: Run) -> None:
@@ -324,7 +324,7 @@ def evaluate(settings: EvalSettings, run: Run) -> None:
     extensions.hand_in_passes()
     evaluation.evaluate(settings, run)
     spent = round(time.perf_counter() - began, 1)
-    storage.write_json(run.evaluated_file, _seconds(run) | {_evaluated(settings, run): spent})
+    storage.write_json(run.evaluated_file, _seconds(run) | {evaluated_as(settings, run): spent})
 
 
 def _seconds(run: Run) -> dict[str, float]:
@@ -332,7 +332,7 @@ def _seconds(run: Run) -> dict[str, float]:
     return storage.read_json(file, dict[str, float]) if file.exists() else {}
 
 
-def _evaluated(settings: EvalSettings, run: Run) -> str:
+def evaluated_as(settings: EvalSettings, run: Run) -> str:
     """A fingerprint of the weights and of the settings that they are evaluated with."""
     from dcr.core.evaluation import subjects
     from dcr.core.models import folders

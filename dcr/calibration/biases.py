@@ -40,7 +40,7 @@ BEGUN = 16  # tokens of an answer after which XSTest's keywords have decided
 
 
 class NeverRefuses(ConfigError):
-    """A model that no bias makes refuse."""
+    """A model that no bias makes refuse, or that refuses nothing and is the measure of another."""
 
 
 @dataclass(frozen=True)
@@ -333,7 +333,7 @@ def choose_bias(
 ) -> tuple[OpeningBias, dict[str, Any]]:
     """The bias for the beginnings of the validation sets, by name, and its record.
 
-    Raises ConfigError if no bias makes the model refuse; logs a warning if it refuses too rarely
+    Raises NeverRefuses if no bias makes the model refuse; logs a warning if it refuses too rarely
     under every bias.
     """
 
@@ -403,7 +403,10 @@ def _between(low: float, high: float) -> float:
 
 
 def reference_share(settings: EvalConfig) -> float:
-    """The share of the toxic prompts that the reference run refuses in its plain answers."""
+    """The share of the toxic prompts that the reference run refuses in its plain answers.
+
+    Raises NeverRefuses where it refuses none.
+    """
     run = _reference(settings)
     beside = replace(
         settings.without("steering"),
@@ -417,7 +420,7 @@ def reference_share(settings: EvalConfig) -> float:
     rows = [row for part in by_set.values() for row in part]
     refused = sum(row.refused(0) for row in rows)
     if not refused:
-        raise ConfigError(
+        raise NeverRefuses(
             f"calibrate={settings.calibrate}: that run refuses none of {len(rows)} toxic "
             "prompts; give a share such as 0.9"
         )
