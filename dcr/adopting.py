@@ -86,11 +86,7 @@ def _rows_of(record: Mapping[str, Any], stage: Stage) -> dict[str, str]:
     if stage is Stage.contrastive:
         names = [name for name in STAGE_ONE_ROWS if name in rows]
     own = {path: made["sha256"] for path, made in record.get("own", {}).items()}
-    found = {name: rows[name]["fingerprint"] for name in names} | own
-    if stage is Stage.sft:
-        opened = {name: rows[name].get("openings") for name in names}
-        found |= {f"{name} behind openings": of["fingerprint"] for name, of in opened.items() if of}
-    return found
+    return {name: rows[name]["fingerprint"] for name in names} | own
 
 
 def _take_over(

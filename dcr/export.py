@@ -85,7 +85,7 @@ SETTINGS = {  # the settings that a card names, by stage
     ),
     "sft": (
         "sft.epochs", "sft.batch_size", "sft.lr", "sft.lora.rank", "sft.lora.alpha",
-        "sft.lora.targets", "sft.max_len", "sft.precision", "sft.recovery",
+        "sft.lora.targets", "sft.max_len", "sft.precision",
     ),
     "readout": ("sft.readout.steps", "sft.readout.greedy"),
 }  # fmt: skip
@@ -422,8 +422,6 @@ def _settings(
 ) -> dict[str, str]:
     keys = ["preset_name", "seed", *(key for each in stages for key in SETTINGS.get(each, ()))]
     settings = {key: _leaf(made_with, key) for key in keys}
-    off = ("default", "0.0")  # of a share that runs of today name and older ones do not
-    settings = {k: v for k, v in settings.items() if not k.endswith("recovery") or v not in off}
     if "dcr.layer" in settings:
         stage_one = made_with["dcr"]
         block = run.block() if stage_one.get("layer") == AUTO_LAYER else None

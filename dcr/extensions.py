@@ -147,7 +147,6 @@ class TrainSettings(TrainConfig):
     table: ClassVar[TrainTable] = TrainTable(
         rows={"stl_aug": "dcr.stl_aug:added"},
         examining="dcr.balance:examined",
-        opening="dcr.openings:opened",
         best_layer="dcr.choice.transfer:best_layer",
         watching=Part(
             "dcr.tracking.curves:watching",

@@ -175,34 +175,6 @@ def test_targets_are_the_response_and_its_terminator_shifted(
         assert targets[place] == (follows if wanted else IGNORED), place
 
 
-@pytest.mark.parametrize("train_on_prompt", [False, True])
-@pytest.mark.parametrize(("text", "kept"), [("Sure, here:", "Sure, "), ("Yes!\n\n", "Yes!\n\n")])
-def test_an_opening_stands_before_the_response_and_is_never_learnt(
-    text: str, kept: str, train_on_prompt: bool
-) -> None:
-    """By hand, with a tokenizer of bytes: only the response and its terminator are targets."""
-    chat = formatted(models.byte_tokenizer())
-    opening = chat.opening_ids(text, 6)
-    ids, targets = chat.pair("Hi", "I can't.", 999, train_on_prompt, opening)
-    start = chat.prompt_ids("Hi")
-    assert chat.tokenizer.decode(ids[len(start) : -1]) == f"{kept}I can't."
-    first = len(start) + len(kept)
-    for place in range(len(ids)):
-        following = place + 1
-        learnt = first <= following < len(ids) or (train_on_prompt and following < len(start))
-        assert targets[place] == (ids[following] if learnt else IGNORED), place
-
-
-def test_a_response_goes_on_behind_an_opening_after_one_space_and_needs_room() -> None:
-    chat = formatted(models.byte_tokenizer())
-    start, opening = len(chat.prompt_ids("Hi")), chat.opening_ids("Sure, here", 4)
-    ids, _ = chat.pair("Hi", "No.", 999, opening=opening)
-    assert chat.tokenizer.decode(ids[start:-1]) == "Sure No."
-    assert len(chat.pair("Hi", "No.", start + 5, opening=opening)[0]) == start + 5
-    without = chat.pair("Hi", "No.", start + 4)
-    assert chat.pair("Hi", "No.", start + 4, opening=opening) == without
-
-
 def test_a_pair_is_what_the_template_makes_of_the_dialogue(tokenizer: Any) -> None:
     """Up to the terminator the ids are those of the rendered dialogue, a leading space included."""
     chat = formatted(tokenizer)

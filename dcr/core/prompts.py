@@ -62,16 +62,12 @@ class PromptRow:
 
 @dataclass(frozen=True)
 class PairRow:
-    """A tokenised prompt with its response; `targets[t]` is what position t must predict.
-
-    `beside` is the pair behind an opening that is learnt in the same step.
-    """
+    """A tokenised prompt with its response; `targets[t]` is what position t must predict."""
 
     id: str
     ids: list[int]
     targets: list[int]
     refusal: bool
-    beside: "PairRow | None" = None
 
 
 @dataclass(frozen=True)
@@ -149,37 +145,21 @@ class ChatFormat:
         response: str,
         max_len: int,
         train_on_prompt: bool = False,
-        opening: Sequence[int] = (),
     ) -> tuple[list[int], list[int]]:
         """The ids and next-token targets of one training pair, at most `max_len` tokens.
 
         A response that does not fit loses its end and with it the terminator, so that the model
         never learns to stop in mid-sentence. If not even one response token fits behind the prompt,
-        both lists are empty. An `opening`, whose tokens are no targets, comes before the response,
-        and is left out where no token of the response fits behind it.
+        both lists are empty.
         """
         lead = self.text(prompt)
         start = self.encode(lead)
         words = self._response_text(lead, prompt, response)
-        if len(start) + len(opening) >= max_len:
-            opening = ()
-        if opening:
-            words = self.behind(opening, words)
-        ids = [*start, *opening, *self.encode(words), self.terminator][:max_len]
-        first = len(start) + len(opening)  # of the response
-        if len(ids) <= first:
+        ids = [*start, *self.encode(words), self.terminator][:max_len]
+        if len(ids) <= len(start):
             return [], []
         asked = ids[1 : len(start)] if train_on_prompt else [IGNORED] * (len(start) - 1)
-        return ids, [*asked, *[IGNORED] * len(opening), *ids[first:], IGNORED]
-
-    def opening_ids(self, text: str, tokens: int) -> tuple[int, ...]:
-        """The first tokens of words that an answer begins with, at most so many."""
-        return tuple(self.encode(text)[:tokens])
-
-    def behind(self, opening: Sequence[int], words: str) -> str:
-        """Words as they go on behind an opening: after a space unless it ends in white space."""
-        ended = str(self.tokenizer.decode(list(opening[-1:])))
-        return words.lstrip() if ended[-1:].isspace() else f" {words.lstrip()}"
+        return ids, [*asked, *ids[len(start) :], IGNORED]
 
     def feature_row(self, id: str, prompt: str, label: int, pooling: Pooling) -> PromptRow:
         """One prompt of stage one (Section 1 of the specification, ambiguities 1 and 6)."""

@@ -251,9 +251,7 @@ def binding(made_with: Mapping[str, Any]) -> dict[str, Any]:
     sft = dict(decisive.get("sft") or {})
     if not (sft.get("readout") or {}).get("steps"):
         sft.pop("readout", None)
-    else:
-        sft["readout"] = _without_recovery(sft["readout"])
-    decisive["sft"] = _without_recovery(sft)
+    decisive["sft"] = sft
     return decisive | {"model": binding_model(decisive.get("model") or {})}
 
 
@@ -269,14 +267,6 @@ def binding_model(made_with: Mapping[str, Any]) -> dict[str, Any]:
     if decisive.get("language") in (Language.en, Language.en.value):
         del decisive["language"]
     return decisive
-
-
-def _without_recovery(node: Mapping[str, Any]) -> dict[str, Any]:
-    """A node without the share of rows behind openings where that is 0.
-
-    Runs made while the readout had such a share name it there as well.
-    """
-    return {key: value for key, value in node.items() if key != "recovery" or value}
 
 
 def claim(run: Run, made_with: Mapping[str, Any], force: bool) -> None:
@@ -321,12 +311,10 @@ def claim_rows(run: Run, record: Mapping[str, Any], force: bool) -> None:
 
 
 def _row_lists(record: Mapping[str, Any]) -> dict[str, str]:
-    lists: dict[str, str] = {}
-    for name, rows in record.get("rows", {}).items():
-        lists[name] = f"{rows['count']} rows ({rows['fingerprint'][:8]})"
-        if opened := rows.get("openings"):
-            of = name if name.startswith("readout") else f"sft: {name}"
-            lists[f"{of} behind openings"] = f"{opened['count']} ({opened['fingerprint'][:8]})"
+    lists = {
+        name: f"{rows['count']} rows ({rows['fingerprint'][:8]})"
+        for name, rows in record.get("rows", {}).items()
+    }
     own = record.get("own", {}).items()
     return lists | {path: f"source sha256 {made['sha256'][:8]}" for path, made in own}
 

@@ -175,8 +175,6 @@ def _row_table(drawn: Splits) -> Table:
         where = ", ".join(f"{source} {n:,}" for source, n in counts.items())
         if part:
             table.add_row(name, f"{len(part):,}", where)
-        if opened := sum(row.opening is not None for row in part):
-            table.add_row("  behind openings", f"{opened:,}", "dcr.openings")
     return table
 
 

@@ -80,7 +80,6 @@ def _shortened(rows: Splits) -> Splits:
                 row,
                 prompt=_short(row.prompt),
                 response=_short(row.response or "") or None,
-                opening=row.opening and replace(row.opening, text=_short(row.opening.text)),
             )
             for row in part
         ]
@@ -112,7 +111,7 @@ def load_of(settings: TrainConfig, batches: StageRows, prefix: int | None = None
     for places in batches.sampler:
         if batches.stage is Stage.sft:
             pairs = [batches.pairs[place] for place in places]
-            full += batches.sft_step(pairs) + batches.recovery_step(pairs)
+            full += batches.sft_step(pairs)
             continue
         rows, general = batches.contrastive_step([batches.prompts[place] for place in places])
         (trunk if short else full).append(rows)

@@ -383,9 +383,6 @@ class SFTConfig:
     warmup: float = 0.03  # share of the steps
     max_len: int = 512  # tokens a row; longer ones are cut
     train_on_prompt: bool = False  # learn the prompt's tokens too
-    # Share of the rows beside which a pair of the readout's is learnt behind a compliant opening
-    # (`dcr.openings`): toxic prompts are refused there, and seemingly toxic ones answered.
-    recovery: float = 0.0
     # What answers end with; auto: the chat's end where the model knows it.
     terminator: Terminator = Terminator.auto
     precision: Precision = II("precision")
@@ -435,7 +432,6 @@ class TrainTable:
     """
 
     examining: str = ""  # of an `Examine`: looks at the rows of a run
-    opening: str = ""  # of a `data.Open`: adds pairs behind openings
     rows: Mapping[str, str] = field(default_factory=dict)  # of a `data.Added`, by method
     best_layer: str = ""  # of a `FindLayer`: for `dcr.layer=auto`
     watching: Part | None = None  # of a `Watch`: measures while stages train

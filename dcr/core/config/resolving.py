@@ -255,7 +255,6 @@ RANGES = {
         ("clip", positive, "give a gradient norm above 0, or null"),
         ("rank", lambda v: 0 < v <= 2**16, "give 1 to 65536"),
         ("alpha", lambda v: 0 < v <= 2**24, "give 1 to 16777216"),
-        ("recovery", lambda v: 0 <= v <= 1, "give a share of the rows in [0, 1]"),
         ("warmup", _share, "give a share of the steps in [0, 1)"),
         ("max_len", lambda v: v >= 8, "give 8 tokens or more"),
         ("count", positive, "give 1 or more, or null for all rows"),

@@ -29,7 +29,7 @@ from dcr.core.text import last_turn, normalise
 
 CONTRASTIVE_NODES = ("seemingly_toxic", "toxic")
 PAIR_NODES = ("safety", "normal")  # whose rows are learnt with their responses
-RARE = ("augmented", "recovery", "readout")  # beginnings of the names of lists that few runs have
+RARE = ("augmented", "readout")  # beginnings of the names of lists that few runs have
 HELD_OUT_PAIRS = 64  # prompts a class that stage one is watched on; more would only cost time
 COMPARED_CHARACTERS = 512  # of a normalised prompt: bounds the quadratic cost of long texts
 ROWS_AT_ONCE = 256  # with 20,000 candidates a block of scores takes 20 MB
@@ -48,7 +48,6 @@ class Splits:
     normal_heldout: list[Example] = field(default_factory=list)
     refusals_heldout: list[Example] = field(default_factory=list)
     augmented: list[Example] = field(default_factory=list)  # STL-aug's, as often as they are learnt
-    recovery: list[Example] = field(default_factory=list)  # pairs behind openings, beside SFT's
     readout_seemingly_toxic: list[Example] = field(default_factory=list)
     readout_toxic: list[Example] = field(default_factory=list)
     readout_seemingly_toxic_heldout: list[Example] = field(default_factory=list)
@@ -181,27 +180,19 @@ class Cleaning:
 Added = Callable[[Splits, Cleaning], Splits]
 
 
-# Adds the pairs behind openings that `recovery` asks for.
-Open = Callable[[TrainConfig, Splits], Splits]
-
-
 def rows_of(settings: TrainConfig) -> Splits:
     """The rows that a run learns from and is watched on: those of its method, see `split`."""
     added = extending.ours(settings.table.rows.get(settings.method.value, ""))
     pairs = settings.sft.readout
-    rows = split(
+    return split(
         settings.data,
         settings.dcr.ratio,
         settings.seed,
         contrastive=settings.method is Method.dcr,
         added=added and functools.partial(added, settings),
-        readout=pairs if pairs.steps or settings.sft.recovery else None,
+        readout=pairs if pairs.steps else None,
         at_most=settings.at_most,
     )
-    if settings.sft.recovery:
-        opened: Open = extending.ours(settings.table.opening)
-        rows = opened(settings, rows)
-    return rows
 
 
 def split(

@@ -20,21 +20,17 @@ from dcr.core.prompts import IGNORED, ChatFormat, PairRow, PromptRow
 
 @dataclass(frozen=True)
 class PairBatch:
-    """Right-padded prompt-response pairs; `targets[b, t]` is what position t must predict.
-
-    With `recovery` they stand behind openings, and have a loss of their own.
-    """
+    """Right-padded prompt-response pairs; `targets[b, t]` is what position t must predict."""
 
     ids: Int[Tensor, "batch length"]
     mask: Bool[Tensor, "batch length"]
     targets: Int[Tensor, "batch length"]
     refusal: Bool[Tensor, "batch"]
     names: tuple[str, ...]
-    recovery: bool = False
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "PairBatch":
         moved = (t.to(device, non_blocking=non_blocking) for t in _tensors(self))
-        return PairBatch(*moved, names=self.names, recovery=self.recovery)
+        return PairBatch(*moved, names=self.names)
 
 
 @dataclass(frozen=True)
@@ -195,9 +191,7 @@ class SafetyData(LightningDataModule):
         return readout_batch(self.readout.batches[number], number)
 
     def _collate_pairs(self, rows: list[PairRow]) -> list[PairBatch]:
-        pad, behind = self.rows.pad, self.rows.recovery_step(rows)
-        batches = [pair_batch(group, pad) for group in self.rows.sft_step(rows)]
-        return [*batches, *(replace(pair_batch(group, pad), recovery=True) for group in behind)]
+        return [pair_batch(group, self.rows.pad) for group in self.rows.sft_step(rows)]
 
     def _collate_prompts(self, rows: list[PromptRow]) -> PromptBatch:
         mine, general = self.rows.contrastive_step(rows)

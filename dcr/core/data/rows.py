@@ -36,7 +36,6 @@ TOXIC, SEEMINGLY_TOXIC = 1, 0  # class labels of stage one (Section 5)
 LABELS = {Kind.seemingly_toxic: SEEMINGLY_TOXIC, Kind.toxic: TOXIC}
 NO_CLASS = -1  # of a row that only keeps a rank in step with the others: no loss looks at it
 HELD_OUT_BATCH = 16  # rows of one validation pass
-RECOVERED = 4  # tokens behind an opening that are learnt: those that tell a refusal from an answer
 
 # of the readout
 GENERAL_ROWS = 2  # instruction rows in a step, to whose answers the model is held
@@ -140,11 +139,6 @@ def micro_batches(rows: Sequence[PairRow], tokens: int) -> list[list[PairRow]]:
     return [[rows[place] for place in places] for places in groups]
 
 
-def opening_ids(chat: ChatFormat, row: Example) -> tuple[int, ...]:
-    """The tokens that stand before a row's response; mostly none."""
-    return chat.opening_ids(row.opening.text, row.opening.tokens) if row.opening else ()
-
-
 def check_lengths(chat: ChatFormat, rows: Splits, config: SFTConfig, context: int) -> None:
     """Raises ConfigError where the model cannot read `sft.max_len` tokens or no pair fits."""
     if config.max_len > context:
@@ -225,7 +219,6 @@ class StageRows:
             self.pairs += self._pairs(chat, rows.augmented, refusal=False)
             if not self.pairs:
                 raise _none_fits(self.sft)
-            self.pairs = self._beside(chat, rows.recovery)
             self.heldout = self._pairs(chat, rows.normal_heldout, refusal=False)
             self.heldout += self._pairs(chat, rows.refusals_heldout, refusal=True)
         self.sampler = self._sampler()
@@ -254,23 +247,6 @@ class StageRows:
                 self.too_long.append(row.id)
         return made
 
-    def _beside(self, chat: ChatFormat, rows: list[Example]) -> list[PairRow]:
-        """SFT's pairs, and beside them, evenly, those behind openings, cut where they decide."""
-        decisive: list[PairRow] = []
-        for row in rows:
-            opening = opening_ids(chat, row)
-            asked, said = row.prompt, row.response or ""
-            ids, targets = chat.pair(asked, said, self.sft.max_len, opening=opening)
-            first = next((place for place, t in enumerate(targets) if t != IGNORED), len(ids))
-            if first < len(ids):
-                end = first + RECOVERED
-                decisive.append(PairRow(row.id, ids[:end], targets[:end], refusal=False))
-        found = list(self.pairs)
-        for number, row in enumerate(decisive):
-            place = number * len(found) // len(decisive)
-            found[place] = replace(found[place], beside=row)
-        return found
-
     def _sampler(self) -> EpochBatches:
         if self.stage is Stage.contrastive:
             labels = [row.label for row in self.prompts]
@@ -292,11 +268,6 @@ class StageRows:
             most = max(len(self._groups(rows, rank)) for rank in range(self.world))
             groups += [_unlearnt(rows)] * (most - len(groups))
         return groups
-
-    def recovery_step(self, rows: Sequence[PairRow]) -> list[list[PairRow]]:
-        """The same of the pairs behind openings that stand beside a step's; of none, none."""
-        beside = [row.beside for row in rows if row.beside is not None]
-        return self.sft_step(beside) if beside else []
 
     def _groups(self, rows: Sequence[PairRow], rank: int) -> list[list[PairRow]]:
         mine = list(share(rows, rank, self.world)) or _unlearnt(rows)

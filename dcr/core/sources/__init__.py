@@ -29,14 +29,6 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Opening:
-    """Words that an answer goes on from, cut after so many tokens."""
-
-    text: str
-    tokens: int
-
-
-@dataclass(frozen=True)
 class Example:
     """One prompt, with the answer that came with it, if any."""
 
@@ -48,7 +40,6 @@ class Example:
     category: str | None = None
     group: str | None = None  # rows that share a template; no split separates them
     split: str | None = None
-    opening: Opening | None = None  # that training puts before the response
 
 
 def read(
@@ -353,22 +344,14 @@ def split_by_group(
 
 def fingerprint(examples: Iterable[Example]) -> str:
     """The SHA-256 over ids, prompts and responses, in order."""
-    return _digest([example.id, example.prompt, example.response] for example in examples)
-
-
-def _digest(rows: Iterable[Sequence[object]]) -> str:
     digest = hashlib.sha256()
-    for fields in rows:
+    for row in examples:
         # JSON, so that no text can imitate the border between two fields
-        digest.update(json.dumps(fields).encode() + b"\n")
+        digest.update(json.dumps([row.id, row.prompt, row.response]).encode() + b"\n")
     return digest.hexdigest()
 
 
 def record(examples: Sequence[Example]) -> dict[str, object]:
-    """The record of used rows: their count, fingerprint and ids, and the same of any openings."""
+    """The record of used rows: their count, fingerprint and ids."""
     ids = [example.id for example in examples]
-    told: dict[str, object] = {"count": len(ids), "fingerprint": fingerprint(examples), "ids": ids}
-    if opened := [(row.id, row.opening) for row in examples if row.opening]:
-        words = ([identity, opening.text, opening.tokens] for identity, opening in opened)
-        told["openings"] = {"count": len(opened), "fingerprint": _digest(words)}
-    return told
+    return {"count": len(ids), "fingerprint": fingerprint(examples), "ids": ids}

@@ -14,15 +14,13 @@ from dcr.core.prompts import IGNORED
 from dcr.core.training.resuming import ResumableModule, adamw, epoch_mean, rate_factor
 
 ROWS = ("general", "refusal")
-# Weight of the pairs behind openings. Their few tokens would be lost among those of whole answers.
-RECOVERY = 0.6
 
 
 class SFTModule(ResumableModule):
     """One batch is one optimiser step: its micro-batches share one per-token normaliser.
 
     Optimisation is manual because Lightning scales every micro-batch alike, while Eq. 1 summed
-    over a batch weighs every response token alike. Pairs behind openings are a mean by themselves.
+    over a batch weighs every response token alike.
     """
 
     def __init__(self, policy: Policy, config: SFTConfig, total_steps: int) -> None:
@@ -37,25 +35,16 @@ class SFTModule(ResumableModule):
         self.keep_metrics_in_checkpoints()
 
     def training_step(self, batch: list[PairBatch], _: int) -> None:
-        parts: dict[bool, list[Tensor]] = {micro.recovery: [] for micro in batch}
-        weights = {
-            behind: self.weight([micro for micro in batch if micro.recovery is behind])
-            for behind in parts
-        }
+        weight, parts = self.weight(batch), list[Tensor]()
         for index, micro in enumerate(batch):
-            behind = micro.recovery
             with self.gradients_exchanged(last=index == len(batch) - 1):
                 total, per_token = self.nll(micro)
-                part = self.checked(total * weights[behind], micro.names)
-                parts[behind].append(part.detach())
-                scale = RECOVERY if behind else 1.0
-                self.manual_backward(part * scale * self.trainer.world_size)
-            if not behind:
-                self.count(self.train_nll, micro, per_token)
+                part = self.checked(total * weight, micro.names)
+                parts.append(part.detach())
+                self.manual_backward(part * self.trainer.world_size)
+            self.count(self.train_nll, micro, per_token)
         self.optimise()
-        for behind, found in parts.items():
-            name = "sft/step_recovery" if behind else "sft/step_nll"
-            self.log(name, torch.stack(found).sum(), sync_dist=True, reduce_fx="sum")
+        self.log("sft/step_nll", torch.stack(parts).sum(), sync_dist=True, reduce_fx="sum")
         self.log_nll(self.train_nll, "")
 
     def validation_step(self, batch: PairBatch, _: int) -> None:
