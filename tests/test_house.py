@@ -1,13 +1,19 @@
 """The law of the house: the core imports no extension, and the contract that says so bites."""
 
+import re
 import shutil
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
+import grimp
+import pytest
+
 ROOT = Path(__file__).parent.parent
 CORE = {"core", "train", "eval"}
+CORE_FILES = 45
+OPENED = 30  # files that a reader of one command opens, itself included
 
 
 def contract() -> dict[str, list[str]]:
@@ -41,3 +47,23 @@ def test_the_contract_fails_when_the_core_imports_an_extension_in_a_function(
     )
     assert checked.returncode == 1
     assert "dcr.core.losses -> dcr.report" in checked.stdout
+
+
+def test_the_core_has_no_more_files_than_a_reader_holds_in_an_afternoon() -> None:
+    graph = grimp.build_graph("dcr", cache_dir=None)
+    core = graph.find_descendants("dcr.core") | {"dcr.core", "dcr.train", "dcr.eval"}
+    assert len(core) <= CORE_FILES
+
+
+@pytest.mark.parametrize("command", ["dcr.train", "dcr.eval"])
+def test_no_command_opens_more_files_than_it_does_today(command: str) -> None:
+    opened = grimp.build_graph("dcr", cache_dir=None).find_upstream_modules(command)
+    assert len(opened) + 1 <= OPENED, sorted(opened)
+
+
+def test_contributing_names_every_room() -> None:
+    told = re.findall(r"`(?:dcr/)?([\w./]+)`", (ROOT / "CONTRIBUTING.md").read_text())
+    names = {Path(name).stem for name in told}
+    places = [*(ROOT / "dcr").iterdir(), *(ROOT / "dcr/core").iterdir()]
+    there = {place.stem for place in places if not place.name.startswith(("__", "."))}
+    assert there <= names, there - names
