@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dcr import openings, outcomes, results
+from dcr import outcomes, results
 from dcr.core import generation, models, prompts, refusal, storage
 from dcr.core.config import Kind, LoraConfig, ModelConfig, Precision
 from dcr.core.generation import Completion
@@ -47,8 +47,15 @@ def talk(random: Policy) -> ChatFormat:
 # --- what the model is asked ----------------------------------------------------------------------
 
 
-def test_a_prefilled_opening_is_held_out_and_of_the_length_asked_for(talk: ChatFormat) -> None:
-    held = {each.text for each in openings.held_out()}
+def test_openings_are_clean_and_each_stands_once() -> None:
+    texts = attacked.openings()
+    assert len(set(texts)) == len(texts) > 30
+    for text in texts:
+        assert text == text.strip() != ""
+        assert text.replace("\n", "").isprintable()
+
+
+def test_a_prefilled_opening_is_one_of_ours_and_of_the_length_asked_for(talk: ChatFormat) -> None:
     encode, found = attacked.prefilled(31, 60, 0, talk), []
     for i in range(40):
         prompt = f"Why {i}?"
@@ -57,7 +64,7 @@ def test_a_prefilled_opening_is_held_out_and_of_the_length_asked_for(talk: ChatF
         found.append(talk.tokenizer.decode(ids[len(plain) :]))
         assert 31 <= len(ids) - len(plain) <= 60
     assert len(set(found)) > 5
-    assert set(found) <= held
+    assert set(found) <= set(attacked.openings())
     assert encode("Why 3?") == attacked.prefilled(31, 60, 0, talk)("Why 3?")
 
 

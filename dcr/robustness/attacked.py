@@ -6,16 +6,19 @@ behind a prefilled opening: whoever writes the first tokens takes it away with t
 the prompt, in the words of the attack, and refuses whatever comes behind it.
 """
 
+import functools
+import json
 import logging
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from dcr import openings, outcomes
+from dcr import outcomes
 from dcr.calibration import CalibrationConfig, biases
 from dcr.contrast import with_system
 from dcr.core import generation, prompts, refusal, sources, storage
@@ -106,8 +109,18 @@ def framed(frame: str, prompt: str) -> str:
     return conversation([*before, (role, frame.format(words))])
 
 
+@functools.cache
+def openings() -> tuple[str, ...]:
+    """Beginnings of answers that comply, ours, in several registers and without any content.
+
+    Nothing trains on them, so that attacks measure openings that no model has seen.
+    """
+    lines = resources.files("dcr.robustness").joinpath("openings.jsonl").read_text("utf-8")
+    return tuple(json.loads(line)["text"] for line in lines.splitlines())
+
+
 def prefilled(low: int, high: int, seed: int, chat: ChatFormat) -> Encode:
-    """Behind each prompt stands a held-out opening of so many tokens, drawn by the prompt.
+    """Behind each prompt stands an opening of so many tokens, drawn by the prompt.
 
     Raises ConfigError where none is as long.
     """
@@ -115,10 +128,10 @@ def prefilled(low: int, high: int, seed: int, chat: ChatFormat) -> Encode:
     def length(words: str) -> int:
         return len(chat.tokenizer.encode(words, add_special_tokens=False))
 
-    texts = [each.text for each in openings.held_out() if low <= length(each.text) <= high]
+    texts = [words for words in openings() if low <= length(words) <= high]
     if not texts:
         raise ConfigError(
-            f"robustness.lengths: no held-out opening has {low} to {high} tokens of this model; "
+            f"robustness.lengths: no opening has {low} to {high} tokens of this model; "
             "give other lengths"
         )
 
@@ -159,7 +172,7 @@ class Bench:
         if attack == "none":
             yield attack, subject.answers(self.asked, work.folder), bias
         elif attack == "prefill":
-            texts = [each.text for each in openings.held_out()]
+            texts = [*openings()]
             for label, ends in groups(settings.node(RobustnessConfig).lengths).items():
                 place, encoder = self._place(label, [texts, ends, seed]), partial(prefilled, *ends)
                 yield label, self._answers(place, work.policy, partial(encoder, seed)), bias
