@@ -1,35 +1,41 @@
-"""DPO by TRL on the prompts that a run's readout learns, from the same SFT, without that readout.
+"""DPO on the prompts that a run's readout learns, from the same SFT, in the readout's place.
 
     python benchmarks/dpo.py <run> <out> [--lr 2e-4] [--beta 0.1] [--epochs 1]
 
-To a toxic prompt the model's own answer that opens with a refusal is preferred to its own other
-one, to a seemingly toxic prompt the other one to the refusal (both as `calibrate` begins them), so
-that no wording is learnt that SFT did not teach. `<out>` becomes a run folder with
-`data.label: dpo`, for `eval.py run=<out>`. TRL is no dependency of this project:
-`pip install --no-deps trl==1.16.0`.
+DPO is that of Rafailov et al. 2023 (arXiv 2305.18290), with the optimiser and schedule of TRL's
+DPOTrainer, against which tests/test_dpo.py holds it. To a toxic prompt the model's own answer that
+opens with a refusal is preferred to its own other one, to a seemingly toxic prompt the other one to
+the refusal (both as `calibrate` begins them), so that no wording is learnt that SFT did not teach.
+`<out>` becomes a run folder with `data.label: dpo`, for `eval.py run=<out>`.
 """
 
 import argparse
 import json
+import random
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+import torch
 import yaml
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import get_cosine_schedule_with_warmup
 
 from dcr import extensions
 from dcr.calibration import biases
-from dcr.core import prompts, sources, storage
+from dcr.core import passes, prompts, sources, storage
 from dcr.core.config import ConfigError, Kind, Precision, UserError, resolving
-from dcr.core.models import Policy, folders
+from dcr.core.models import Policy, folders, structure
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
 from dcr.core.sources import Example
 
 BATCH = 16  # pairs a step, as many as SFT has rows
 WARMUP = 8  # steps
+CLIP = 1.0  # the norm of gradients, as TRL has it
 LABEL = "dpo"
 # parts of a run that are of its readout, of its own training or of evaluations
 LEFT = ("eval", "steering", "readout*", "evaluated.json", "checkpoints", "metrics.csv", "*.cost.*")
@@ -70,45 +76,51 @@ def preferences(policy: Policy, chat: ChatFormat, rows: Sequence[Example]) -> li
     return found
 
 
-def train(
-    policy: Policy, data: Sequence[Preference], out: Path, seed: int, given: argparse.Namespace
-) -> None:
-    """Trains the adapter, whose weights so far are the reference."""
-    from datasets import Dataset
-    from trl import DPOConfig, DPOTrainer  # pyright: ignore[reportMissingImports]
+def log_probs(
+    policy: Policy, asked: Sequence[list[int]], answers: Sequence[list[int]]
+) -> Float[Tensor, "answers"]:
+    """The log-probability of each answer behind its prompt, in nats."""
+    whole = [[*prompt, *answer] for prompt, answer in zip(asked, answers, strict=True)]
+    ids, mask = passes.padded(whole, 0), passes.attention_mask(whole)
+    read = torch.zeros_like(mask)  # the states that the answers' tokens are read from
+    for row, prompt, ids_of in zip(read, asked, whole, strict=True):
+        row[len(prompt) - 1 : len(ids_of) - 1] = True
+    hidden = passes.current().states(structure.backbone(policy.model), ids, mask)
+    log_p = structure.logits(policy.model, hidden[read]).log_softmax(-1)
+    each = log_p.gather(1, ids[:, 1:][read[:, :-1]][:, None])[:, 0]
+    return torch.stack([part.sum() for part in each.split([len(answer) for answer in answers])])
 
-    class Trainer(DPOTrainer):
-        def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
-            return dataset  # token ids already; TRL would end answers that were cut
 
-    settings = DPOConfig(
-        output_dir=str(out),
-        learning_rate=given.lr,
-        beta=given.beta,
-        num_train_epochs=given.epochs,
-        per_device_train_batch_size=BATCH,
-        lr_scheduler_type="cosine",
-        warmup_steps=WARMUP,
-        seed=seed,
-        use_cpu=True,
-        bf16=True,
-        gradient_checkpointing=False,
-        logging_steps=10,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-    )
-    for name, weight in policy.model.named_parameters():
-        weight.requires_grad_(".lora_" in name)
-    trainer = Trainer(
-        policy.model,
-        args=settings,
-        train_dataset=Dataset.from_list(list(data)),
-        processing_class=policy.tokenizer,
-    )
-    trainer.train()
-    policy.model.delete_adapter("ref")  # TRL's copy of the weights before
-    policy.model.eval()
+def margins(policy: Policy, batch: Sequence[Preference]) -> Float[Tensor, "pairs"]:
+    """How much likelier the preferred answer of each pair is than the other, in nats."""
+    asked = [each["prompt_ids"] for each in batch]
+    answers = [[each[key] for each in batch] for key in ("chosen_ids", "rejected_ids")]
+    chosen, rejected = log_probs(policy, asked * 2, answers[0] + answers[1]).chunk(2)
+    return chosen - rejected
+
+
+def train(policy: Policy, data: Sequence[Preference], lr: float, beta: float) -> list[float]:
+    """Trains the adapter on one batch after another; the losses. Its weights are the reference."""
+    batches = [data[start : start + BATCH] for start in range(0, len(data), BATCH)]
+    weights = [w for name, w in policy.model.named_parameters() if ".lora_" in name]
+    with torch.no_grad():
+        before = [margins(policy, batch) for batch in batches]
+    for weight in weights:
+        weight.requires_grad = True
+    optimiser = torch.optim.AdamW(weights, lr, weight_decay=0.0)
+    schedule = get_cosine_schedule_with_warmup(optimiser, WARMUP, len(batches))
+    losses: list[float] = []
+    for batch, reference in zip(batches, before, strict=True):
+        gained = margins(policy, batch) - reference
+        loss = -F.logsigmoid(beta * gained).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, CLIP)
+        optimiser.step()
+        schedule.step()
+        optimiser.zero_grad()
+        losses.append(loss.item())
+        print(f"step {len(losses)} of {len(batches)}: loss {losses[-1]:.3f}", flush=True)
+    return losses
 
 
 def keep(policy: Policy, run: Run, made: Run) -> None:
@@ -131,7 +143,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--beta", type=float, default=0.1)
-    parser.add_argument("--epochs", type=float, default=1)
+    parser.add_argument("--epochs", type=int, default=1)
     given = parser.parse_args()
     extensions.hand_in_passes()
     try:
@@ -141,7 +153,9 @@ def main() -> None:
         chat = prompts.chat_format(policy.tokenizer, resolving.model_of(config, False))
         data = preferences(policy, chat, asked)
         print(f"{len(data)} pairs", flush=True)
-        train(policy, data, given.out / "trl", config["seed"], given)
+        drawn = random.Random(config["seed"])
+        taken = [pair for _ in range(given.epochs) for pair in drawn.sample(data, len(data))]
+        train(policy, taken, given.lr, given.beta)
         keep(policy, run, Run(given.out))
     except UserError as error:
         sys.exit(f"error: {error}")

@@ -1,7 +1,7 @@
 """DPO's preferences on a tiny run, and the run folder that comes out; its training where TRL is."""
 
-import argparse
 import importlib.util
+import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,9 +58,9 @@ def made(run: Run, out: Path, patch: pytest.MonkeyPatch, *words: str) -> Run:
 def test_what_comes_out_is_a_run_of_its_own_arm(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def moved(policy: Policy, data: Sequence[Any], out: Path, seed: int, given: Any) -> None:
+    def moved(policy: Policy, data: Sequence[Any], lr: float, beta: float) -> None:
         assert data, "pairs"
-        assert (seed, given.lr) == (run.config()["seed"], 1e-3)
+        assert (lr, beta) == (1e-3, 0.1)
         for name, weight in policy.model.named_parameters():
             weight.data += 1 if "lora_B" in name else 0
 
@@ -79,25 +79,55 @@ def test_what_comes_out_is_a_run_of_its_own_arm(
         dpo.learnt(dpoed)
 
 
+def test_log_probabilities_are_those_of_single_answers(run: Run) -> None:
+    policy, chat = opened(run)
+    data = dpo.preferences(policy, chat, dpo.learnt(run))[:5]
+    found = dpo.margins(policy, data)
+    for value, each in zip(found.tolist(), data, strict=True):
+        truth = 0.0
+        for key, sign in (("chosen_ids", 1), ("rejected_ids", -1)):
+            ids = torch.tensor([each["prompt_ids"] + each[key]])
+            with torch.no_grad():
+                log_p = policy.model(input_ids=ids).logits[0].float().log_softmax(-1)
+            places = range(len(each["prompt_ids"]), ids.shape[1])
+            truth += sign * sum(float(log_p[i - 1, ids[0, i]]) for i in places)
+        assert value == pytest.approx(truth, abs=1e-3)
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL's own
 @pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed")
-def test_the_margin_of_the_preferred_answer_grows(run: Run, tmp_path: Path) -> None:
+def test_training_is_that_of_trl(run: Run, tmp_path: Path) -> None:
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer  # pyright: ignore[reportMissingImports]
+
     policy, chat = opened(run)
     data = dpo.preferences(policy, chat, dpo.learnt(run))
+    data = [pair for seed in range(3) for pair in random.Random(seed).sample(data, len(data))]
+    ours, _ = opened(run)
+    losses = dpo.train(ours, data, 1e-2, 0.1)
 
-    def margin() -> float:
-        total = 0.0
-        for each in data:
-            for key, sign in (("chosen_ids", 1), ("rejected_ids", -1)):
-                ids = torch.tensor([each["prompt_ids"] + each[key]])
-                with torch.no_grad():
-                    log_p = policy.model(input_ids=ids).logits[0].float().log_softmax(-1)
-                start = len(each["prompt_ids"])
-                places = range(start, ids.shape[1])
-                total += sign * sum(float(log_p[i - 1, ids[0, i]]) for i in places)
-        return total / len(data)
+    class Trainer(DPOTrainer):
+        def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
+            return dataset  # token ids already; TRL would end answers that were cut
 
-    before = margin()
-    dpo.train(policy, data, tmp_path, 0, argparse.Namespace(lr=1e-2, beta=0.1, epochs=2))
-    assert margin() > before + 1
-    assert list(policy.model.peft_config) == ["default"]
+    settings = DPOConfig(
+        output_dir=str(tmp_path), learning_rate=1e-2, beta=0.1, num_train_epochs=1,
+        per_device_train_batch_size=dpo.BATCH, lr_scheduler_type="cosine", warmup_steps=dpo.WARMUP,
+        train_sampling_strategy="sequential", use_cpu=True, bf16=False,
+        gradient_checkpointing=False, logging_steps=1, save_strategy="no", report_to=[],
+        disable_tqdm=True,
+    )  # fmt: skip
+    for name, weight in policy.model.named_parameters():
+        weight.requires_grad_(".lora_" in name)
+    rows = Dataset.from_list(list(data))
+    trainer = Trainer(
+        policy.model, args=settings, train_dataset=rows, processing_class=policy.tokenizer
+    )
+    trainer.train()
+    told = [each["loss"] for each in trainer.state.log_history if "loss" in each]
+    assert losses == pytest.approx([float(loss) for loss in told], abs=2e-3)
+    assert losses[-1] < losses[0] - 0.01
+    theirs = dict(policy.model.named_parameters())
+    for name, weight in ours.model.named_parameters():
+        if ".lora_" in name:
+            torch.testing.assert_close(weight, theirs[name], rtol=1e-2, atol=1e-4)
