@@ -1,6 +1,6 @@
 """DPO on the prompts that a run's readout learns, from the same SFT, in the readout's place.
 
-    python benchmarks/dpo.py <run> <out> [--lr 2e-4] [--beta 0.1] [--epochs 1]
+    python benchmarks/dpo.py <run> <out> [--lr 5e-4] [--beta 0.1] [--epochs 1]
 
 DPO is that of Rafailov et al. 2023 (arXiv 2305.18290), with the optimiser and schedule of TRL's
 DPOTrainer, against which tests/test_dpo.py holds it. To a toxic prompt the model's own answer that
@@ -141,7 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--lr", type=float, default=2e-4)
+    parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--beta", type=float, default=0.1)
     parser.add_argument("--epochs", type=int, default=1)
     given = parser.parse_args()
