@@ -68,8 +68,7 @@ def test_a_prefilled_opening_is_one_of_ours_and_of_the_length_asked_for(talk: Ch
     assert encode("Why 3?") == attacked.prefilled(31, 60, 0, talk)("Why 3?")
 
 
-def test_other_prompts_are_asked_in_the_words_of_the_attack(talk: ChatFormat) -> None:
-    assert attacked.framed("Once {} was asked", "x {y}") == "Once x {y} was asked"
+def test_a_system_prompt_that_asks_to_comply_stands_before_the_prompt(talk: ChatFormat) -> None:
     told = str(talk.tokenizer.decode(attacked.asked_to_comply(talk)("x")))
     assert told.startswith(f"<|im_start|>system\n{attacked.SYSTEM}<|im_end|>")
     assert told.endswith(talk.text("x"))

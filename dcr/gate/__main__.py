@@ -24,13 +24,16 @@ class Options:
     lr: float = entry.option("the highest learning rate", Recipe.lr, least=1e-9, most=1)
     epochs: int = entry.option("how often each pair is seen", Recipe.epochs, least=1)
     batch_size: int = entry.option("prompts a step", Recipe.batch_size, least=1)
+    framed: float = entry.option(
+        "the share of pairs that stand in other words around them", Recipe.framed, least=0, most=1
+    )
     settings: list[str] = entry.settings_of("train.py")
 
 
 @entry.command(Options, goes_on=True)
 def main(options: Options) -> None:
     settings = resolving.resolve(cli.compose("train", options.settings, Options), TrainSettings)
-    recipe = Recipe(options.lr, options.epochs, options.batch_size)
+    recipe = Recipe(options.lr, options.epochs, options.batch_size, options.framed)
     from dcr.gate import training  # with torch, which a user's error need not wait for
 
     found = training.train(settings, recipe, options.out)["heldout_auroc"]

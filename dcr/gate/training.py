@@ -1,6 +1,5 @@
 """The training of a gate, from its pairs to its folder."""
 
-import functools
 import logging
 import shutil
 from collections.abc import Sequence
@@ -8,10 +7,10 @@ from dataclasses import asdict, astuple, replace
 from pathlib import Path
 from typing import Any
 
-from lightning import Trainer
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
+from dcr import frames
 from dcr.calibration import CalibrationConfig
 from dcr.core import config, data, machine, models, prompts, runs, sources, statistics, storage
 from dcr.core.config import (
@@ -36,8 +35,9 @@ from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
 from dcr.core.sources import SOURCES
 from dcr.core.storage import Lease
-from dcr.core.training import LIGHTNING_PRECISION, callbacks, resuming
+from dcr.core.training import callbacks, lightning_trainer, resuming
 from dcr.core.training.resuming import ResumableModule, adamw, rate_factor
+from dcr.frames import in_frames
 from dcr.gate import Recipe
 from dcr.gating import RECORD, REFUSAL, classifier
 from dcr.gating.classifier import Gate
@@ -149,28 +149,56 @@ def _batches(settings: TrainConfig, recipe: Recipe, rows: Splits, chat: ChatForm
     """Batches as those of stage one, every pair once an epoch. Raises UserError as they do."""
     for part in rows.parts().values():
         chat.check(part)
+    kinds = (rows.seemingly_toxic, rows.toxic)
+    counts, copies = [len(kind) for kind in kinds], recipe.epochs if recipe.framed else 0
+    harmless, toxic = (
+        [*kind, *(row for copy in range(copies) for row in in_frames(kind, settings.seed + copy))]
+        for kind in kinds
+    )
     node = replace(
         settings.dcr,
         batch_size=recipe.batch_size,
-        draws=None,
+        draws=sum(counts),
         sampler=Sampler.proportional,
         pooling=Pooling.last,
         nll=NLLConfig(weight=0.0),
     )
     context = models.facts(settings.model).context
-    batches = SafetyData(Stage.contrastive, rows, chat, replace(settings, dcr=node), context)
-    lengths, size = [len(row.ids) for row in batches.rows.prompts], recipe.batch_size
+    worded = replace(rows, seemingly_toxic=harmless, toxic=toxic)
+    batches = SafetyData(Stage.contrastive, worded, chat, replace(settings, dcr=node), context)
+    lengths = [len(row.ids) for row in batches.rows.prompts]
     sampler: Any = batches.sampler
-    sampler.order = functools.partial(alike, lengths, size)
+
+    def order(drawing: Generator) -> list[int]:
+        places = wordings(counts, copies, recipe.framed, drawing)
+        return alike(places, lengths, recipe.batch_size, drawing)
+
+    sampler.order = order
     return batches
 
 
-def alike(lengths: Sequence[int], size: int, drawing: Generator) -> list[int]:
-    """Every row once in a drawn order of batches, the rows of a batch of about one length.
+def wordings(counts: Sequence[int], copies: int, share: float, drawing: Generator) -> list[int]:
+    """The place of each pair in one of its wordings, a drawn share of each kind in a frame.
+
+    Each kind has so many rows in its own words, followed by as many in each of the copies.
+    """
+    found, first = list[int](), 0
+    for count in counts:
+        for rank, row in enumerate(permutation(count, drawing)):
+            copy = 1 + rank % copies if rank < round(share * count) else 0
+            found.append(first + copy * count + row)
+        first += (1 + copies) * count
+    return found
+
+
+def alike(
+    places: Sequence[int], lengths: Sequence[int], size: int, drawing: Generator
+) -> list[int]:
+    """The places in a drawn order of batches, the rows of a batch of about one length.
 
     They are sorted within drawn chunks, which saves most of the padding.
     """
-    drawn, chunk = permutation(len(lengths), drawing), CHUNK * size
+    drawn, chunk = [places[n] for n in permutation(len(places), drawing)], CHUNK * size
     rows = [
         row
         for start in range(0, len(drawn), chunk)
@@ -195,6 +223,7 @@ def _made_with(
         "weights": folders.weights_fingerprint(source) if local else settings.model.revision,
         "chat": storage.fingerprint([chat.template, chat.system_prompt]),
         **asdict(recipe),
+        "frames": storage.fingerprint([frame.text for frame in frames.training()]),
         "lora": config.plain(LORA),
         "precision": precision.value,
         "seed": settings.seed,
@@ -291,27 +320,20 @@ def _fit(
     checkpoint = resuming.newest_checkpoint(folder)
     runs.forget_metrics_beyond(run, NAME, resuming.step_of(checkpoint))
     bar = callbacks.Progress(NAME, module.total_steps, "gate/step_loss")
-    trainer = Trainer(
-        accelerator=options.accelerator,
-        devices=1,
-        precision=LIGHTNING_PRECISION[precision],  # pyright: ignore[reportArgumentType]
+    trainer = lightning_trainer(
+        settings,
+        run,
+        NAME,
+        module,
+        precision,
         max_epochs=epochs,
-        logger=[callbacks.RunLogger(run, NAME)],
         callbacks=[
             *([bar] if options.progress else []),
             resuming.StepSeed(settings.seed),
             callbacks.FolderGuard(lease),
             resuming.Checkpoints(folder, options.checkpoint_every_n_steps),
         ],
-        plugins=[resuming.VerifiedCheckpointIO(module)],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=1,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
         gradient_clip_val=CLIP,
-        default_root_dir=str(run.folder),
     )
     with resuming.faults_explained("lower batch_size, or name a smaller model"):
         trainer.fit(module, datamodule=batches, ckpt_path=checkpoint, weights_only=True)

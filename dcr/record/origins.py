@@ -38,9 +38,10 @@ MEASURED_BY = {
     "calibration": ("dcr/calibration", *RULES[:1]),
     "agreement": (*RULES[:2], "dcr/outcomes", "benchmarks/keywords.py", "benchmarks/outcomes.py"),
     "balance": ("dcr/balance.py", "dcr/contrasts", *RANKING[2:]),
-    "robustness": ("dcr/robustness", "dcr/outcomes", *RULES, *RANKING),
+    "robustness": ("dcr/robustness", "dcr/frames", "dcr/outcomes", *RULES, *RANKING),
     "gates": (
         "benchmarks/gates.py",
+        "dcr/frames",
         "dcr/frontier",
         "dcr/gate",
         "dcr/gating/classifier.py",

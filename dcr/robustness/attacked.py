@@ -33,7 +33,7 @@ from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
 from dcr.core.sources import Example
-from dcr.core.text import conversation, turns_of
+from dcr.frames import framed
 from dcr.robustness import RECALIBRATED, RobustnessConfig, gated, groups, tuning
 from dcr.steering import SteeringConfig, methods
 from dcr.steering.edits import edited
@@ -101,12 +101,6 @@ def plain(chat: ChatFormat) -> Encode:
 
 def asked_to_comply(chat: ChatFormat) -> Encode:
     return with_system(chat, SYSTEM, "robustness.attacks=[system]").prompt_ids
-
-
-def framed(frame: str, prompt: str) -> str:
-    """The prompt with its last turn in the words of a frame."""
-    *before, (role, words) = turns_of(prompt)
-    return conversation([*before, (role, frame.format(words))])
 
 
 @functools.cache

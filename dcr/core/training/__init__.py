@@ -317,15 +317,38 @@ def _trainer(
         # last, when a step's other traces are there
         resuming.Checkpoints(job.run.checkpoints(stage.value), options.checkpoint_every_n_steps),
     ]
+    return lightning_trainer(
+        settings,
+        job.run,
+        stage.value,
+        module,
+        arithmetic,
+        loggers=job.loggers,
+        strategy=_strategy(settings, stage),
+        max_epochs=epochs,
+        callbacks=followed,
+        gradient_clip_val=settings.dcr.optim.clip if contrastive else None,
+    )
+
+
+def lightning_trainer(
+    settings: TrainConfig,
+    run: Run,
+    name: str,
+    module: resuming.ResumableModule,
+    precision: Precision,
+    *,
+    loggers: Sequence[Logger] = (),
+    **more: Any,
+) -> Trainer:
+    """Lightning's Trainer with what all training has in common, whose logs are under `name`."""
+    options = settings.trainer
     return Trainer(
         accelerator=options.accelerator,
         devices=options.devices,
         num_nodes=options.num_nodes,
-        strategy=_strategy(settings, stage),
-        precision=LIGHTNING_PRECISION[arithmetic],  # pyright: ignore[reportArgumentType]
-        max_epochs=epochs,
-        logger=[callbacks.RunLogger(job.run, stage.value), *job.loggers],
-        callbacks=followed,
+        precision=LIGHTNING_PRECISION[precision],  # pyright: ignore[reportArgumentType]
+        logger=[callbacks.RunLogger(run, name), *loggers],
         plugins=[resuming.VerifiedCheckpointIO(module), *_slurm()],
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -333,8 +356,8 @@ def _trainer(
         log_every_n_steps=1,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
-        gradient_clip_val=settings.dcr.optim.clip if contrastive else None,
-        default_root_dir=str(job.run.folder),
+        default_root_dir=str(run.folder),
+        **more,
     )
 
 
