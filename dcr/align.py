@@ -3,7 +3,8 @@
 Base, STL and DCR are the jobs of a study (`dcr.study`), so that a kill or a fault costs no finished
 part. STL climbs a short ladder of settings until the model refuses held-out toxic prompts: with
 defaults made for another model a small one may learn no refusal at all, and nothing else would say
-so. `dcr.choice` then names block and sources of stage one.
+so. `dcr.choice` then names block and sources of stage one. All are compared at STL's safety; the
+page tells which no bias brings there, and where that is DCR, STL is exported.
 """
 
 import functools
@@ -35,7 +36,6 @@ EXAMPLES = 4  # prompts that are shown with their answers
 HELD_OUT = "heldout.json"  # the answers, in the run folders of base and STL
 SHOWN = 60  # characters shown of each, so that little of a toxic answer is
 SMALL = 1e9  # parameters, below which a model needs a higher learning rate and more steps
-NOT_CHOSEN = "every set to choose block and sources by is held out of the embedded corpus"
 UNREACHED = "unreached"  # beginning of files in run folders that say why there is no evaluation
 DCR = ("method=dcr", "sft.readout.steps=120")  # the readout as preset=recommended has it
 BLOCK = {"dcr.layer", "dcr.depth", "model.layer"}  # settings that name stage one's block
@@ -202,7 +202,8 @@ def _stage_one(
     if pairs and given & BLOCK:
         return [], "stage one as configured: block and sources were given"
     if not elsewhere(settings.data):
-        return [], f"stage one as configured: {NOT_CHOSEN}"
+        lacking = "every set to choose block and sources by is held out of the embedded corpus"
+        return [], f"stage one as configured: {lacking}"
     file = out / f"choice-{storage.fingerprint([*key, pairs] if pairs else key)}.json"
     choose = functools.partial(_choose, settings, pairs, file)
     study.do_all([Part("stage one", "choice", file.exists, choose)])
