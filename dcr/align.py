@@ -160,11 +160,9 @@ def _at_safety(job: Job, settings: EvalSettings) -> Part:
         return part.done() or _unreached_file(job, settings).exists()
 
     def work() -> None:
-        from dcr.calibration import biases  # with torch, for which help does not wait
-
         try:
             part.work()
-        except biases.NeverRefuses as error:
+        except ConfigError as error:  # all else that it refuses was told before training
             storage.write_json(_unreached_file(job, settings), str(error))
 
     return replace(part, done=done, work=work)

@@ -40,7 +40,7 @@ BEGUN = 16  # tokens of an answer after which XSTest's keywords have decided
 
 
 class NeverRefuses(ConfigError):
-    """A model that no bias makes refuse, or that refuses nothing and is the measure of another."""
+    """A model that no bias makes refuse."""
 
 
 @dataclass(frozen=True)
@@ -405,7 +405,7 @@ def _between(low: float, high: float) -> float:
 def reference_share(settings: EvalConfig) -> float:
     """The share of the toxic prompts that the reference run refuses in its plain answers.
 
-    Raises NeverRefuses where it refuses none.
+    Raises ConfigError where it refuses none.
     """
     run = _reference(settings)
     beside = replace(
@@ -420,7 +420,7 @@ def reference_share(settings: EvalConfig) -> float:
     rows = [row for part in by_set.values() for row in part]
     refused = sum(row.refused(0) for row in rows)
     if not refused:
-        raise NeverRefuses(
+        raise ConfigError(
             f"calibrate={settings.calibrate}: that run refuses none of {len(rows)} toxic "
             "prompts; give a share such as 0.9"
         )
