@@ -162,6 +162,28 @@ REFUSAL, ANSWER = "I can't.", "Yes."
 BRIEF = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}{{ '\nA\n' }}"  # few tokens
 
 
+def outspoken_policy(depth: int) -> Policy:
+    """Random blocks over bytes, with weights large enough to tell prompts apart."""
+    made = tiny_policy(num_hidden_layers=depth, tie_word_embeddings=False)
+    for weight in made.model.parameters():
+        weight.data *= 1 if weight.dim() == 1 else 5
+    return made
+
+
+def block_outputs(model: Any, ids: Sequence[int]) -> list[Tensor]:
+    """The output of each block [length, width] of one row, read with a hook of torch's own."""
+    taken: list[Tensor] = []
+    hooks = [
+        block.register_forward_hook(lambda _m, _i, out: taken.append(out[0]))
+        for block in model.model.layers
+    ]
+    with torch.no_grad():
+        model(input_ids=torch.tensor([list(ids)]))
+    for hook in hooks:
+        hook.remove()
+    return taken
+
+
 def refusing_policy() -> Policy:
     """Four blocks over bytes that say REFUSAL to prompts with enough "!" or "~", else ANSWER.
 

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -272,15 +272,6 @@ def tell(folder: Folder, server: Scripted | None, *more: str) -> list[str]:
     ]
 
 
-def fault(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line of a command that ends with exit code 2."""
-    capsys.readouterr()
-    assert augment.main(arguments) == 2
-    out, err = capsys.readouterr()
-    assert (out, err.count("\n"), err[:7]) == ("", 1, "error: ")
-    return err[7:-1]
-
-
 def read(folder: Folder) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder.folder / "out.jsonl").read_text().splitlines()]
 
@@ -391,24 +382,26 @@ ROW = '{"id": "i", "prompt": "p", "response": "r", "source": "s", "answered_by":
     ],
 )
 def test_another_s_file_is_left_alone(
-    folder: Folder, capsys: pytest.CaptureFixture[str], line: str, words: str
+    folder: Folder, command: Callable[..., Any], line: str, words: str
 ) -> None:
     file = folder.folder / "out.jsonl"
     file.write_text(line + "\n")
     with scripted(replies) as server:
-        assert re.search(f"{words}.*name another file", fault(tell(folder, server), capsys))
+        ended = command("dcr.augment", *tell(folder, server))
+    assert re.search(f"{words}.*name another file", ended.error)
     assert server.bodies == []
     assert not (folder.folder / "out.jsonl.work").exists()
     assert file.read_text() == line + "\n"
 
 
 def test_a_prompt_that_has_changed_is_not_mixed_in(
-    folder: Folder, capsys: pytest.CaptureFixture[str]
+    folder: Folder, command: Callable[..., Any]
 ) -> None:
     with scripted(lambda body: answer(noun_of(body))) as server:
         augment.main(tell(folder, server))
         write_jsonl(Path(folder.safe), rows_of("safe", [safe(noun) for noun in reversed(WORDS)]))
-        assert "safe-0 has another prompt now" in fault(tell(folder, server), capsys)
+        ended = command("dcr.augment", *tell(folder, server))
+        assert "safe-0 has another prompt now" in ended.error
 
 
 def test_a_local_model_answers(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:

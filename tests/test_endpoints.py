@@ -473,13 +473,6 @@ def test_nothing_is_asked_for_no_rows() -> None:
     assert ask(server("http://127.0.0.1:1/v1"), []) == {}
 
 
-def test_spend_needs_both_prices() -> None:
-    assert servers.spend(server(None, input_price=2.5), 10, 10) is None
-    priced = server(None, input_price=2.5, output_price=10.0)
-    assert servers.spend(priced, 1_000_000, 100_000) == pytest.approx(3.5)
-    assert servers.spend(priced, 0, 0) == 0.0
-
-
 @pytest.mark.slow
 def test_transformers_serve_answers(tiny_folder: Path) -> None:
     with served(tiny_folder) as url:

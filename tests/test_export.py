@@ -27,19 +27,19 @@ from dcr.core.config import (
     ConfigError,
     DataError,
     Kind,
-    LoraConfig,
     Method,
     ModelConfig,
     Precision,
 )
 from dcr.core.evaluation import subjects
 from dcr.core.evaluation.sets import PromptSet
-from dcr.core.models import Policy, folders, structure
+from dcr.core.models import Policy, folders
 from dcr.core.runs import Run
 from dcr.core.sources import Example, read
 from dcr.extensions import EvalSettings
 from dcr.gating import answers
 from tests.servers.served import served
+from tests.shapes import adapted
 from tests.test_gating import WORDS_OF_REFUSAL, scores_by_hand, write_gate
 
 # peft asks transformers for a name that the latter has renamed
@@ -140,19 +140,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     policy = Policy(model, models.byte_tokenizer(), "made")
     folders.save_full(policy, run.stage("contrastive"))
     stage_one = _logits(model)
-    adapted = Policy(_adapted(model), policy.tokenizer, "made")
-    folders.save_adapter(adapted, run.stage("sft"), run.stage("contrastive"))
+    sft = Policy(adapted(model), policy.tokenizer, "made")
+    folders.save_adapter(sft, run.stage("sft"), run.stage("contrastive"))
     run.config_file.write_text(yaml.safe_dump(CONFIG, allow_unicode=True))
     run.rows_file.write_text(json.dumps(ROWS))
-    return Made(run, _logits(adapted.model), stage_one)
-
-
-def _adapted(model: Any) -> Any:
-    adapted = structure.add_lora(model, LoraConfig(rank=4, targets=["all-linear"]), seed=2)
-    for name, weight in adapted.named_parameters():
-        if "lora_B" in name:  # zero at first, which would leave the base as it is
-            torch.nn.init.normal_(weight, std=0.3)
-    return adapted
+    return Made(run, _logits(sft.model), stage_one)
 
 
 @pytest.fixture
@@ -400,7 +392,7 @@ def test_weights_are_merged_and_cast_at_the_end(made: Made, exported: Path) -> N
             adapter[side] = file.get_tensor(key)
     with safe_open(made.run.stage("contrastive") / "model.safetensors", "pt") as file:
         base = file.get_tensor("model.layers.1.mlp.up_proj.weight")
-    by_hand = base + 32 / 4 * adapter["B"] @ adapter["A"]  # alpha / rank
+    by_hand = base + 4 / 2 * adapter["B"] @ adapter["A"]  # alpha / rank
     assert torch.equal(merged, by_hand.to(torch.bfloat16))
 
 

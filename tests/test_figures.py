@@ -5,11 +5,11 @@ import csv
 import hashlib
 import html
 import io
-import json
 import random
 import re
 import sys
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +18,14 @@ import pytest
 from matplotlib.image import imread
 from test_report import change, make_eval, make_run, parsed, selection
 
-from dcr.core import extending, runs
+from dcr.core import runs, storage
 from dcr.core.config import UserError
 from dcr.core.runs import Run
-from dcr.report import building, figures, trade_offs, writing
-from dcr.report.__main__ import main
+from dcr.report import building, figures, trade_offs
 from dcr.report.figures import Drawing
 from dcr.report.grids import Cell
 from dcr.report.records import Evaluation, RunRecord, read_run
-from dcr.report.sections import (
-    FIGURE_ENDINGS,
-    FIGURES,
-    OPERATING,
-    SECTIONS,
-    TABLE_ENDINGS,
-    Selection,
-)
+from dcr.report.sections import FIGURES, OPERATING, Selection
 from dcr.report.trade_offs import Operating
 
 KINDS = ("seemingly_toxic", "toxic", "normal")
@@ -233,18 +225,15 @@ def test_every_figure_is_drawn_and_stands_in_the_page(
         assert f"--figure {name}" in page
         with (out / f"{file_name(name)}.csv").open(newline="", encoding="utf-8") as file:
             written = list(csv.DictReader(file))
+        again = figures.files(figure_of(name, *folders)) if name in ("4", "6a") else {}
+        for ending, data in again.items():
+            assert (out / f"{file_name(name)}.{ending}").read_bytes() == data, "the same bytes"
         values = rows_of(name, *folders)
         assert written == [
             {key: "" if value is None else str(value) for key, value in row.items()}
             for row in values
         ], "every digit is there"
     assert sorted(path.name for path in out.glob(".*")) == []
-
-
-@pytest.mark.parametrize("name", ["4", "6a"])
-def test_the_same_bytes_twice(name: str, folders: list[Path], drawn: tuple[Path, str]) -> None:
-    for ending, data in figures.files(figure_of(name, *folders)).items():
-        assert (drawn[0] / f"{file_name(name)}.{ending}").read_bytes() == data
 
 
 def test_curves_hold_the_logged_values(folders: list[Path]) -> None:
@@ -264,12 +253,10 @@ def test_curves_hold_the_logged_values(folders: list[Path]) -> None:
     assert row["estimate"] == 0.4 + 0.1 * 1 + 0.03 * 2 - 0.001 * 20
 
 
-def keep(folder: Path, stage: str, step: int, block: dict[str, Any]) -> Path:
+def keep(folder: Path, stage: str, step: int, **blocks: dict[str, Any]) -> None:
     """What tracking keeps at a step beside metrics.csv."""
-    place = folder / "tracking" / stage / f"step-{step:06d}"
-    place.mkdir(parents=True)
-    (place / "metrics.json").write_text(json.dumps(block))
-    return place / "metrics.json"
+    place = Run(folder).tracked(stage) / f"step-{step:06d}"
+    storage.write_json(place / "metrics.json", blocks)
 
 
 def probability_block(offset: float) -> dict[str, Any]:
@@ -284,8 +271,8 @@ def test_tracked_curves_have_intervals_where_they_were_kept(tmp_path: Path) -> N
     run = make_run(tmp_path / "run", "stl")
     track(run, "sft", probabilities(0.1) | kernels(0.4))
     for step in STEPS[1:]:
-        block = {"refusal_probability": probability_block(0.5 + step / 100), "kernel": matrix(step)}
-        keep(run, "sft", step, block)
+        of_prompts = probability_block(0.5 + step / 100)
+        keep(run, "sft", step, refusal_probability=of_prompts, kernel=matrix(step))
     rows = rows_of("5a", run)
     assert len(rows) == 2 * 3 * len(STEPS)
     first, third = (only(rows, quantity="plain", kind="toxic", step=step) for step in (0, 9))
@@ -308,7 +295,7 @@ def test_matrices_of_tracking_have_intervals_where_they_were_kept(tmp_path: Path
     assert first["estimate"] == 0.5 + 0.1 + 0.06
     assert last["estimate"] == 0.5 + 0.1 + 0.06 - 0.001 * 20
     assert (first["low"], last["low"]) == (None, None)
-    keep(run, "contrastive", 20, {"kernel": matrix(0.3)})
+    keep(run, "contrastive", 20, kernel=matrix(0.3))
     kept = only(rows_of("6", run), figure="6b", **about)
     assert ends(kept) == pytest.approx((0.3 + 0.1 + 0.06, 0.4, 0.6))
 
@@ -474,14 +461,6 @@ def test_runs_without_data_for_a_figure_are_noted(folders: list[Path], tmp_path:
     assert chosen.notes[-1] == f"figure 5a: no refusal probabilities over SFT steps in {bare}"
 
 
-def test_every_section_names_a_function_and_its_files() -> None:
-    for section in SECTIONS.values():
-        assert callable(extending.ours(str(section.make)))
-    assert tuple(writing.WRITERS) == TABLE_ENDINGS
-    drawing = Drawing("empty", "", {"": [figures.Panel()]})
-    assert tuple(figures.files(drawing)) == FIGURE_ENDINGS
-
-
 OWN = """
 from dataclasses import dataclass
 from dcr.report.figures import Curve, Drawing, Panel, frame, look_of
@@ -512,22 +491,20 @@ class Plain(Figure):
 """
 
 
-def of_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str = OWN) -> None:
-    """A run, and a file of the user's own beside it, from which commands are then called."""
+@pytest.fixture
+def reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The report of a run with a file of the user's own beside it."""
     make_eval(make_run(tmp_path / "good", "stl"), {"safe": "cccr", "unsafe": "r"})
-    (tmp_path / "my_lab.py").write_text(text)
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_lab.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "my_lab", raising=False)
+    return lambda words: command("dcr.report", "good", *words.split())
 
 
-def test_a_figure_and_a_table_of_ones_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    of_own(tmp_path, monkeypatch)
-    asked = ["--figure", "my_lab:Rates", "--table", "my_lab:Means", "own.Rates.height=4"]
-    assert main(["good", *asked]) == 0
-    told = capsys.readouterr().out
+def test_a_figure_and_a_table_of_ones_own(reported: Callable[..., Any]) -> None:
+    told = reported("--figure my_lab:Rates --table my_lab:Means own.Rates.height=4").out
     assert "Rates: Rates.{png,svg,csv}" in told
     assert "Means: Means.{md,csv,tex,html}" in told
     with Path("Rates.csv").open() as file:
@@ -553,12 +530,9 @@ def test_a_figure_and_a_table_of_ones_own(
     ],
 )
 def test_each_mistake_with_ones_own_is_one_line(
-    arguments: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    of_own(tmp_path, monkeypatch)
-    assert main(["good", *arguments.split()]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert told in error
+    arguments: str, told: str, reported: Callable[..., Any]
+) -> None:
+    ended = reported(arguments)
+    assert ended.code == 2
+    assert told in ended.error
     assert not Path("report.html").exists()

@@ -9,9 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
-from tokenizers.trainers import BpeTrainer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -25,6 +22,7 @@ from dcr.core.generation import Completion
 from dcr.judges import LlamaGuardConfig, WildGuardConfig, guards
 from dcr.judges.guards import harm_of, labels_of
 from dcr.judges.verdicts import Verdict, answer_fingerprint
+from tests.test_refusal_probability import word_tokenizer
 
 END, HEAD = "<|im_end|>", "<|im_start|>"
 SPECIALS = ["<|endoftext|>", HEAD, END]
@@ -82,21 +80,8 @@ STRANGE = [
 
 
 def tokenizer_of(texts: Sequence[str], template: str | None) -> PreTrainedTokenizerFast:
-    inner = Tokenizer(BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
-    inner.decoder = decoders.ByteLevel()  # pyright: ignore
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = BpeTrainer(
-        vocab_size=700, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
-    )
-    inner.train_from_iterator([*texts, *["safe unsafe\nunsafe\nsafe"] * 9], trainer)
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        eos_token=END,
-        pad_token="<|endoftext|>",
-        additional_special_tokens=[HEAD],
-    )
-    made.chat_template = template
+    made = word_tokenizer([*texts, "safe unsafe\nunsafe\nsafe"], SPECIALS)
+    made.eos_token, made.pad_token, made.chat_template = END, SPECIALS[0], template
     return made
 
 

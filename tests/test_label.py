@@ -7,8 +7,6 @@ import json
 import math
 import random
 import re
-import shutil
-import subprocess
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +14,7 @@ from typing import Any
 
 import pytest
 from sklearn.metrics import cohen_kappa_score
-from test_report import columns, make_eval, make_run, selection
+from test_report import browsed, browsing, columns, make_eval, make_run, selection
 
 from dcr import inference
 from dcr.core import storage
@@ -150,7 +148,7 @@ def test_a_sheet_comes_back_however_a_spreadsheet_saved_it(
         assert {f"a{key}": label for key, label in read.labels.items()} == said
 
 
-@pytest.mark.skipif(not shutil.which("chromium"), reason="the page's script needs a browser")
+@browsing
 def test_the_page_is_filled_in_by_keys_kept_and_saved(
     run: Path, sheet: list[dict[str, str]], tmp_path: Path
 ) -> None:
@@ -176,12 +174,7 @@ def test_the_page_is_filled_in_by_keys_kept_and_saved(
       byId("save").click(); body.again = byId("told").textContent;
     </script>"""
     page = (sheets.home(run, sheet[0]["sheet"]) / "sheet.html").read_text("utf-8")
-    path = tmp_path / "acted.html"
-    path.write_text(page.replace("</body>", acted + "</body>"), encoding="utf-8")
-    browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
-               "--disable-background-networking", f"--user-data-dir={tmp_path / 'profile'}",
-               "--virtual-time-budget=2000", "--dump-dom", f"file://{path}"]  # fmt: skip
-    dom = subprocess.run(browser, capture_output=True, text=True, timeout=600).stdout
+    dom = browsed(tmp_path, page, acted)
     body = dict(re.findall(r' data-(\w+)="([^"]*)"', re.findall("<body.*?>", dom)[0]))
     assert body["nameless"] == "Enter your name to begin."
     assert (body["place"], body["shown"]) == ("5 of 6", sheet[4]["prompt"])

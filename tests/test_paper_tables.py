@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_report import change, columns, make_eval, make_run, parsed, rows_of, selection
+from test_report import build, change, columns, make_eval, make_run, parsed, rows_of, selection
 
 from dcr import inference
-from dcr.report import building, comparisons, grids, paper, tables, writing
+from dcr.report import comparisons, grids, paper, tables, writing
 from dcr.report.grids import Cell, text_of
 from dcr.report.paper import PaperRow, facts
 from dcr.report.records import read_run
@@ -86,11 +86,6 @@ MEASURED = {
 }  # fmt: skip
 
 
-def built(tmp_path: Path, *folders: Path, tables: tuple[str, ...] = ()) -> tuple[str, str]:
-    out = tmp_path / "out" / "page.html"
-    return building.build(list(folders), out, tables), out.read_text(encoding="utf-8")
-
-
 def rows_by(table: TextTable, source: str = "ours") -> list[dict[str, Any]]:
     assert table.values is not None
     return [row for row in table.values.to_dict("records") if row["source"] == source]
@@ -133,10 +128,10 @@ def test_interval_of_a_mean_by_squaring_and_adding(tmp_path: Path) -> None:
 
 
 def test_it_is_called_dsr_only_where_a_guard_judged(tmp_path: Path) -> None:
-    plain = built(tmp_path / "a", suite(tmp_path / "a" / "run", judge=False))
+    plain = build(tmp_path / "a", suite(tmp_path / "a" / "run", judge=False))
     assert "DSR" not in plain[0] + plain[1]
     assert "keyword refusal, %" in plain[0]
-    guarded = built(tmp_path / "b", suite(tmp_path / "b" / "run"))
+    guarded = build(tmp_path / "b", suite(tmp_path / "b" / "run"))
     assert "DSR by Llama Guard, %" in guarded[0]
     assert f"judged safe by Llama Guard ({GUARD}), %" in guarded[1]
     for name, head in (("a", "Safety (DSR, paper only)"), ("b", "Safety (DSR)")):
@@ -147,7 +142,7 @@ def test_it_is_called_dsr_only_where_a_guard_judged(tmp_path: Path) -> None:
 
 def test_agreement_ability_and_quality(tmp_path: Path) -> None:
     run = suite(tmp_path / "a", **MEASURED)
-    text, html = built(tmp_path, run)
+    text, html = build(tmp_path, run)
     parsed(html)
     assert re.search(r"keyword:paper / llm, +0\.62\n", text)
     assert "llm / llama_guard, toxic" not in text, "their agreement is undefined"
@@ -169,7 +164,7 @@ def test_agreement_ability_and_quality(tmp_path: Path) -> None:
 
 
 def test_contamination_stands_with_the_score_it_touches(tmp_path: Path) -> None:
-    text, html = built(tmp_path, suite(tmp_path / "a", **MEASURED), tables=("table1",))
+    text, html = build(tmp_path, suite(tmp_path / "a", **MEASURED), wanted=("table1",))
     assert re.search(r"Q-Harm +100\.0 \[72–100\]‡\n", text)
     assert re.search(r"Q-Harm +3 / 2 / 1 of 10\n", text)
     assert re.search(r"AdvBench +80\.0 \[67–89\]\n", text)
@@ -198,7 +193,7 @@ def test_faulty_completions_are_counted_apart(tmp_path: Path) -> None:
         "not English": "30 of 141", "unanswered": "20 of 161",
     }.items():  # fmt: skip
         assert found[label] == count
-    text, html = built(tmp_path, run)
+    text, html = build(tmp_path, run)
     assert re.search(r"unanswered +20 of 161\n", text)
     assert "30 of 141" in html
 
@@ -258,8 +253,8 @@ def csv_rows(path: Path) -> list[dict[str, str]]:
 def test_table1_in_csv_by_hand(tmp_path: Path) -> None:
     run = suite(tmp_path / "a", **MEASURED)
     change(run / "eval" / "main", "xstest_safe", in_distribution=True)
-    built(tmp_path, run, tables=("table1",))
-    rows = csv_rows(tmp_path / "out" / "table1.csv")
+    build(tmp_path, run, wanted=("table1",))
+    rows = csv_rows(tmp_path / "table1.csv")
     (own,) = (row for row in rows if row["source"] == "ours")
     assert (own["method"], own["model"], own["run"]) == ("DCR", MODEL, "seed 0")
     low, high = 0.490162, 0.943318  # Wilson of 8 in 10 by its formula
@@ -282,8 +277,8 @@ def test_table1_in_csv_by_hand(tmp_path: Path) -> None:
 
 
 def test_table5_has_a_row_a_judge(tmp_path: Path) -> None:
-    built(tmp_path, suite(tmp_path / "a", "stl"), tables=("table5",))
-    rows = [row for row in csv_rows(tmp_path / "out" / "table5.csv") if row["method"] == "STL"]
+    build(tmp_path, suite(tmp_path / "a", "stl"), wanted=("table5",))
+    rows = [row for row in csv_rows(tmp_path / "table5.csv") if row["method"] == "STL"]
     cells = {(row["source"], row["judge"]): row for row in rows}
     assert [judge for source, judge in cells if source == "ours"] == [
         "keyword", "LLM judge: gpt-4o", f"Llama Guard: {GUARD}"
@@ -330,12 +325,6 @@ def test_seeds_have_a_row_of_means(tmp_path: Path) -> None:
     assert mean["XS"] == pytest.approx(0.7)  # 0.8 and 0.6
     assert mean["XS_spread"] == pytest.approx(0.2 / 2**0.5)
     assert "0.70 ± 0.14" in set(table.frame["XS"])
-
-
-def test_every_inconsistency_named_exists() -> None:
-    places = {told["where"] for told in facts()["inconsistencies"]}
-    assert all(set(errata) <= places for errata in paper.ERRATA.values())
-    assert set(facts()["columns"]) <= set(paper.COLUMNS)
 
 
 HOSTILE = r"""<script>alert(1)</script> | & $x_1$ # 50% {a}\b ~ ^ * ` " [1] 😀 κ ﬁ é"""
@@ -394,9 +383,9 @@ def test_html_is_escaped_alone_and_in_the_page(tmp_path: Path) -> None:
     assert "script" not in names
     assert names.count("tr") == 3
     run = suite(tmp_path / "a", model="<img src=x onerror=alert(1)>", **MEASURED)
-    _, html = built(tmp_path, run, tables=("table1", "table5"))
+    _, html = build(tmp_path, run, wanted=("table1", "table5"))
     assert "img" not in parsed(html).names
     assert '<h2 id="table5">' in html
-    alone = (tmp_path / "out" / "table5.html").read_text(encoding="utf-8")
+    alone = (tmp_path / "table5.html").read_text(encoding="utf-8")
     assert "&lt;img src=x" in alone
     assert "<img" not in alone

@@ -14,7 +14,7 @@ from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
 from dcr.steering import ProbeConfig, SteeringConfig, edits, probe
 from dcr.steering.prompts import Extraction
-from tests.shapes import chat_of, tiny_policy
+from tests.shapes import block_outputs, chat_of, outspoken_policy
 
 ROWS = {kind: sources.read(f"contrasts_{kind}")[:24] for kind in ("toxic", "seemingly_toxic")}
 ASKED = [row.prompt for row in sources.read("contrasts_toxic_heldout")[:7]]
@@ -22,10 +22,7 @@ ASKED = [row.prompt for row in sources.read("contrasts_toxic_heldout")[:7]]
 
 @pytest.fixture(scope="module")
 def policy() -> Policy:
-    made = tiny_policy(num_hidden_layers=4, tie_word_embeddings=False)
-    for weight in made.model.parameters():
-        weight.data *= 1 if weight.dim() == 1 else 5
-    return made
+    return outspoken_policy(depth=4)
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +40,7 @@ def made(policy: Policy, chat: ChatFormat) -> Any:
 
 
 def last(policy: Policy, chat: ChatFormat, prompt: str, block: int) -> Tensor:
-    taken: list[Tensor] = []
-    layer: Any = policy.model.model.layers[block - 1]
-    hook = layer.register_forward_hook(lambda _m, _i, out: taken.append(out))
-    with torch.no_grad():
-        policy.model(input_ids=torch.tensor([chat.prompt_ids(prompt)]))
-    hook.remove()
-    return taken[0][0, -1].float()
+    return block_outputs(policy.model, chat.prompt_ids(prompt))[block - 1][-1].float()
 
 
 def log_odds(policy: Policy, chat: ChatFormat, prompts: list[str]) -> Tensor:

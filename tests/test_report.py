@@ -1,12 +1,11 @@
 """The report against hand-computed numbers, hostile text, torn files and bad commands."""
 
 import csv
-import itertools
 import json
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -147,37 +146,10 @@ def table_of(*folders: Path) -> dict[tuple[str, str], list[Cell]]:
     return rows_of(discernment.results(selection(*folders)).blocks)
 
 
-def build(tmp_path: Path, *folders: Path) -> tuple[str, str]:
+def build(tmp_path: Path, *folders: Path, wanted: Collection[str] = ()) -> tuple[str, str]:
     """(terminal text, page) of a report."""
     out = tmp_path / "page.html"
-    return building.build(list(folders), out), out.read_text(encoding="utf-8")
-
-
-Refused = Callable[..., str]
-
-
-@pytest.fixture
-def refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Refused:
-    """The one line of a command that ends with exit code 2 and leaves the folder as it was.
-
-    In it are the run folder `good`, of STL, and the folder `nothing`, which is none.
-    """
-    monkeypatch.chdir(tmp_path)
-    make_eval(make_run(Path("good"), "stl"), {"safe": "c", "unsafe": "r"})
-    Path("nothing").mkdir()
-
-    def error(*arguments: str) -> str:
-        before = sorted(Path().rglob("*"))
-        assert main(arguments) == 2
-        output = capsys.readouterr()
-        assert (output.out, output.err.count("\n"), output.err[:7]) == ("", 1, "error: ")
-        assert "\0" not in output.err
-        assert sorted(Path().rglob("*")) == before
-        return output.err
-
-    return error
+    return building.build(list(folders), out, wanted), out.read_text(encoding="utf-8")
 
 
 class Balanced(HTMLParser):
@@ -460,20 +432,6 @@ def test_a_readout_is_named_wherever_a_column_is(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_the_page_holds_every_section_once_and_in_order(tmp_path: Path) -> None:
-    folders = [make_run(tmp_path / method, method) for method in ("stl", "dcr")]
-    for folder in folders:
-        make_eval(folder, {"safe": "cr", "unsafe": "rr"})
-        write_curves(folder)
-    building.build(folders, tmp_path / "page.html", ["table1"])
-    ids = parsed((tmp_path / "page.html").read_text()).ids
-    anchors = [name for name in ids if name in SECTIONS]
-    assert anchors == [name for name in SECTIONS if name in anchors]
-    assert {"completions", "runs", "results", "table1", "trade-off", "paired", "curves"} <= {
-        *anchors
-    }
-
-
 def shares(chosen: Selection) -> figures.Drawings:
     """Shares of answers.
 
@@ -522,20 +480,17 @@ def test_sets_are_named_in_words_beside_their_ids(tmp_path: Path) -> None:
 
 
 def test_a_run_without_evaluation_and_a_figure_without_data_are_notes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: Callable[..., Any],
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     make_eval(make_run(Path("good"), "stl"), {"safe": "c", "unsafe": "r"})
     make_run(Path("trained"))
-    assert main(["good", "trained", "--figure=4", "--figure=operating_points"]) == 0
-    output = capsys.readouterr().out
+    output = command("dcr.report", "good", "trained", "--figure=4", "--figure=operating_points").out
     assert "note: trained: no evaluations there; run python eval.py run=trained" in output
     assert "note: figure 4: no scored snapshots in good" in output
     assert "note: figure operating_points: no unsteered STL" in output
     assert sorted(str(path) for path in Path().glob("*.*")) == ["report.html"]
     assert "figure 4: no scored snapshots" in Path("report.html").read_text()
-    assert main(["trained"]) == 0
-    assert "without a final evaluation" in capsys.readouterr().out
+    assert "without a final evaluation" in command("dcr.report", "trained").out
 
 
 def test_unequal_sets_are_told(tmp_path: Path) -> None:
@@ -600,8 +555,11 @@ def test_page_is_self_contained_with_unique_ids_and_toxic_text_folded(tmp_path: 
         make_eval(run, {"safe": "rrr", "okay": "crc", "unsafe": "rrr"}, weights="snapshot",
                   step=step, name=f"step-{step}", completions=False)  # fmt: skip
     write_curves(run)
-    _, html = build(tmp_path, run, base)
+    _, html = build(tmp_path, run, base, wanted=["table1"])
     seen = parsed(html)
+    anchors = [name for name in seen.ids if name in SECTIONS]
+    assert anchors == [name for name in SECTIONS if name in anchors], "once and in order"
+    assert {"completions", "runs", "results", "table1", "trade-off", "curves"} <= {*anchors}
     assert seen.outside == []
     assert "@import" not in html
     assert len(seen.ids) == len(set(seen.ids))
@@ -612,7 +570,7 @@ def test_page_is_self_contained_with_unique_ids_and_toxic_text_folded(tmp_path: 
     assert openings == [("safe", " open"), ("okay", ""), ("unsafe", "")]
     assert "content warning" in html
     assert "<text" in html  # text stays text
-    assert html == build(tmp_path, run, base)[1]
+    assert html == build(tmp_path, run, base, wanted=["table1"])[1]
 
 
 def write_curves(run: Path) -> None:
@@ -775,8 +733,7 @@ def test_answers_at_equal_safety_without_sets_that_any_column_was_trained_on(
 ) -> None:
     for name, method, trained_on in (("a", "stl", []), ("b", "dcr", ["xstest_safe"])):
         make_ranked(make_run(tmp_path / name, method), trained_on)
-    out = tmp_path / "page.html"
-    text = building.build([tmp_path / "a", tmp_path / "b"], out, ["discernment"])
+    text, page = build(tmp_path, tmp_path / "a", tmp_path / "b", wanted=["discernment"])
     # 4 of the 5 toxic prompts are at or above .4, 3 of them at .6: of .1, .2, .3 and .9, .95, and
     # without XSTest's of .3 and .95, those below are answered
     lines = csv.DictReader((tmp_path / "discernment.csv").read_text().splitlines())
@@ -792,7 +749,6 @@ def test_answers_at_equal_safety_without_sets_that_any_column_was_trained_on(
     assert "auroc:†" in told["pooled", "DCR"]["marks"]
     assert not told["pooled", "STL"]["marks"]
     assert re.search(r"safety 0.8, without † +50.0 .*50.0 ", text), text
-    page = out.read_text()
     assert "answered, safety 0.8" in page
     assert "Ours beside the paper" not in page
 
@@ -895,13 +851,6 @@ def test_looks_at_rows_kept_apart_are_counted_by_plan(tmp_path: Path) -> None:
     assert note.startswith("2 of these evaluations looked at rows kept apart under arms.yaml@1;")
 
 
-def test_prompts_are_chosen_evenly() -> None:
-    assert page.evenly(range(5), 30) == [0, 1, 2, 3, 4]
-    chosen = page.evenly(range(100), 30)
-    assert (len(chosen), chosen[0], chosen[-1]) == (30, 0, 99)
-    assert {b - a for a, b in itertools.pairwise(chosen)} == {3, 4}
-
-
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -920,21 +869,23 @@ def test_prompts_are_chosen_evenly() -> None:
         ("good --figure=operating_points data=q", "data=q: no evaluation has it; choose from demo"),
     ],
 )
-def test_bad_commands_end_in_one_line_and_exit_2(
-    arguments: str, told: str, refused: Refused
+def test_bad_commands_end_in_one_line_and_write_nothing(
+    arguments: str, told: str, command: Callable[..., Any]
 ) -> None:
-    assert told in refused(*arguments.split())
+    make_eval(make_run(Path("good"), "stl"), {"safe": "c", "unsafe": "r"})
+    Path("nothing").mkdir()
+    before = sorted(Path().rglob("*"))
+    ended = command("dcr.report", *arguments.split())
+    assert (ended.code, ended.out, told in ended.error) == (2, "", True), ended
+    assert sorted(Path().rglob("*")) == before
 
 
-def test_default_place_is_the_common_parent(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_default_place_is_the_common_parent(command: Callable[..., Any]) -> None:
     for name, method in (("outputs/x/a", "dcr"), ("outputs/b", "stl")):
         make_eval(make_run(Path(name), method), {"safe": "c", "unsafe": "r"})
-    assert main(["outputs/x/a", "outputs/b/"]) == 0
+    ended = command("dcr.report", "outputs/x/a", "outputs/b/")
     assert Path("outputs/report.html").is_file()
-    assert "page: outputs/report.html" in capsys.readouterr().out
+    assert "page: outputs/report.html" in ended.out
 
 
 def test_curves_have_the_mean_and_spread_over_seeds(tmp_path: Path) -> None:
@@ -981,7 +932,22 @@ def test_prompts_of_different_verdicts_are_shown_wherever_they_stand(tmp_path: P
     assert differing == ["safe prompt 7", "safe prompt 8"]
 
 
-@pytest.mark.skipif(not shutil.which("chromium"), reason="the page's script needs a browser")
+browsing = pytest.mark.skipif(
+    not shutil.which("chromium"), reason="the page's script needs a browser"
+)
+
+
+def browsed(folder: Path, page: str, acted: str) -> str:
+    """The document that a real browser makes of a page on which a script has acted."""
+    path = folder / "acted.html"
+    path.write_text(page.replace("</body>", acted + "</body>"), encoding="utf-8")
+    browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+               "--disable-background-networking", f"--user-data-dir={folder / 'profile'}",
+               "--virtual-time-budget=2000", "--dump-dom", f"file://{path}"]  # fmt: skip
+    return subprocess.run(browser, capture_output=True, text=True, timeout=600).stdout
+
+
+@browsing
 def test_the_script_sorts_filters_and_puts_differences_first(tmp_path: Path) -> None:
     stl, dcr = make_run(tmp_path / "stl", "stl"), make_run(tmp_path / "dcr")
     place = make_eval(dcr, {"aaa": "ccc", "bbb": "rcc", "unsafe": "rrr"})
@@ -1000,12 +966,7 @@ def test_the_script_sorts_filters_and_puts_differences_first(tmp_path: Path) -> 
       document.body.dataset.shown = [1, 2].map(function (i) {
         return getComputedStyle(other[i]).display; }).join(" ");
     </script>"""
-    path = tmp_path / "acted.html"
-    path.write_text(html.replace("</body>", acted + "</body>"), encoding="utf-8")
-    browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
-               "--disable-background-networking", f"--user-data-dir={tmp_path / 'profile'}",
-               "--dump-dom", f"file://{path}"]  # fmt: skip
-    dom = subprocess.run(browser, capture_output=True, text=True, timeout=600).stdout
+    dom = browsed(tmp_path, html, acted)
     parts = {name: re.search(rf'data-{name}="([^"]*)"', dom) for name in ("falling", "rising")}
     falling, rising = (found[1] if found else "" for found in parts.values())
     assert falling.index("aaa") < falling.index("bbb") < falling.index("unsafe"), falling

@@ -133,16 +133,6 @@ def test_a_killed_workers_trial_is_enqueued_again(
     assert left == {key: found[2][key] for key in SEARCHED}
 
 
-def test_trials_of_one_point_are_measured_once(
-    order: list[str], monkeypatch: pytest.MonkeyPatch, quick: None
-) -> None:
-    made = as_asked(order)
-    job: Any = made.trial({"dcr.layer": 1, "dcr.margin": 0.2, "dcr.epochs": "1"})
-    first = trials._measured(made, job)
-    monkeypatch.delattr(trials, "_values")
-    assert trials._measured(made, job) == first == pytest.approx([0.2, 0.1, 1.0])
-
-
 # --- trials that train --------------------------------------------------------------------------
 
 

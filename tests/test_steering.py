@@ -29,7 +29,7 @@ from dcr.steering import (
 )
 from dcr.steering import edits as editing
 from dcr.steering import methods as steering
-from tests.shapes import chat_of, generated, tiny_policy
+from tests.shapes import block_outputs, chat_of, generated, outspoken_policy
 from tests.tiny_run import write_jsonl
 
 
@@ -54,28 +54,10 @@ DRAWN = steering.Extraction(rows(Kind.toxic, TOXIC), [], rows(Kind.normal, NORMA
 
 @pytest.fixture
 def deep() -> Policy:
-    """Six random blocks over bytes, with weights large enough to tell prompts apart."""
-    made = tiny_policy(num_hidden_layers=6, tie_word_embeddings=False)
-    for weight in made.model.parameters():
-        weight.data *= 1 if weight.dim() == 1 else 5
-    return made
+    return outspoken_policy(depth=6)
 
 
 # --- SCANS against a loop ---
-
-
-def outputs(model: Any, ids: Sequence[int]) -> list[Tensor]:
-    """The output of each block [length, width] of one row, read with a hook of torch's own."""
-    taken: list[Tensor] = []
-    hooks = [
-        block.register_forward_hook(lambda _m, _i, out: taken.append(out[0]))
-        for block in model.model.layers
-    ]
-    with torch.no_grad():
-        model(input_ids=torch.tensor([list(ids)]))
-    for hook in hooks:
-        hook.remove()
-    return taken
 
 
 def sure(chat: ChatFormat) -> list[int]:
@@ -88,7 +70,7 @@ def user_end(chat: ChatFormat, ids: list[int]) -> int:
 
 
 def transition(policy: Policy, chat: ChatFormat, ids: list[int], s1: int) -> list[Tensor]:
-    return [h[s1] - h[-1] for h in outputs(policy.model, [*ids, *sure(chat)])]
+    return [h[s1] - h[-1] for h in block_outputs(policy.model, [*ids, *sure(chat)])]
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
@@ -114,7 +96,7 @@ def test_vectors_and_reference_are_those_of_a_loop(deep: Policy, s1: ScansEnd) -
     last: dict[str, list[list[Tensor]]] = {}
     for kind, texts in (("toxic", TOXIC[:4]), ("normal", NORMAL[:4])):
         ids = [chat.prompt_ids(text) for text in texts]
-        last[kind] = [[h[-1] for h in outputs(deep.model, row)] for row in ids]
+        last[kind] = [[h[-1] for h in block_outputs(deep.model, row)] for row in ids]
     for place, block in enumerate((3, 4)):
         means = {k: torch.stack([x[block - 1] for x in s]).mean(0) for k, s in last.items()}
         v = means["toxic"] - means["normal"]
@@ -296,7 +278,7 @@ def test_full_ablation_is_orthogonalised_weights(deep: Policy) -> None:
     v, texts = found[0]["vector"], ["Ruin the pond!", "Bake"]
     means = []
     for kind in (TOXIC, NORMAL):  # block 4's input is block 3's output
-        last = [outputs(deep.model, chat.prompt_ids(text))[2][-1] for text in kind]
+        last = [block_outputs(deep.model, chat.prompt_ids(text))[2][-1] for text in kind]
         means.append(torch.stack(last).mean(0))
     assert found[1] == {"block": 4}
     torch.testing.assert_close(v, (w := means[0] - means[1]) / w.norm(), rtol=1e-3, atol=1e-4)

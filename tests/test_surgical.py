@@ -18,19 +18,14 @@ from dcr.core.prompts import ChatFormat
 from dcr.core.sources import Example
 from dcr.steering import SteeringConfig, SurgicalConfig, edits, surgical
 from dcr.steering.prompts import Extraction
-from tests.shapes import chat_of, tiny_policy
+from tests.shapes import BRIEF, chat_of, refusing_policy
 
 DEPTH, WIDTH, BLOCKS, TRAIN, HELD = 4, 32, 3, 9, 3
-HARM, FALSE, LEVEL = 5, 6, 7  # coordinates of the stream
-SHARED = 0.1  # how much of the toxic direction "~" writes beside its own
-
-
-TEMPLATE = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}{{ '\nA\n' }}"
 
 
 def brief(policy: Policy) -> ChatFormat:
     """Spoken to by a template with few tokens behind the instruction: fewer candidates."""
-    return replace(chat_of(policy), template=TEMPLATE)
+    return replace(chat_of(policy), template=BRIEF)
 
 
 def asked(strength: float = 1.0, **given: Any) -> SteeringConfig:
@@ -58,40 +53,7 @@ EXTRACTION = Extraction(
 
 @pytest.fixture(scope="module")
 def planted() -> Policy:
-    """Refuses ("I") the more, the more of "!" or "~" the prompt holds.
-
-    "!" writes along HARM, "~" along FALSE and a little along HARM; the head reads both as "I".
-    Attention averages these coordinates over what stands before, and adds a little of its own;
-    so do the MLPs, so that no two candidates are alike.
-    """
-    made = tiny_policy(num_hidden_layers=DEPTH, intermediate_size=16, tie_word_embeddings=False)
-    model, generator = made.model, torch.Generator().manual_seed(0)
-    token = {t: made.tokenizer.encode(t, add_special_tokens=False)[0] for t in "!~I"}
-    with torch.no_grad():
-        embedded = 0.05 * torch.randn(260, WIDTH, generator=generator)
-        embedded[:, [HARM, FALSE]] = 0
-        embedded[:, LEVEL] = 2  # keeps the norms from undoing an ablation
-        embedded[token["!"], HARM] = 2
-        embedded[token["~"], FALSE] = 2
-        embedded[token["~"], HARM] = 2 * SHARED
-        model.model.embed_tokens.weight.copy_(embedded)
-        head = 0.2 * torch.randn(260, WIDTH, generator=generator)
-        head[token["I"]] = 0
-        head[token["I"], [HARM, FALSE]] = 3
-        model.lm_head.weight.copy_(head)
-        for block in model.model.layers:
-            block.self_attn.q_proj.weight.zero_()
-            value = 0.02 * torch.randn(16, WIDTH, generator=generator)
-            out = 0.02 * torch.randn(WIDTH, WIDTH, generator=generator)
-            value[:2] = out[[HARM, FALSE]] = 0  # nothing else writes along the two
-            value[0, HARM] = value[1, FALSE] = 1
-            out[HARM, 0] = out[FALSE, 1] = 0.4
-            block.self_attn.v_proj.weight.copy_(value)
-            block.self_attn.o_proj.weight.copy_(out)
-            for weight in block.mlp.parameters():
-                weight.copy_(0.05 * torch.randn(weight.shape, generator=generator))
-            block.mlp.down_proj.weight[[HARM, FALSE]] = 0
-    return made
+    return refusing_policy()
 
 
 # --- what the module computes, computed once more: one prompt at a time, with torch's own hooks ---
