@@ -345,17 +345,21 @@ def resolved(composed: DictConfig, schema: type[Settings]) -> tuple[Settings, Ru
 
 def _run_of(composed: DictConfig) -> Run:
     """The folder to evaluate: the user's run, or one for a model or endpoint without a run."""
+    model = None if OmegaConf.is_missing(composed.model, "name") else composed.model.name
     if composed.endpoint is not None:
-        _refuse_two_subjects(composed)
+        for key, named in (("run", composed.run), ("model", model)):
+            if named is not None:
+                raise ConfigError(
+                    f"endpoint={composed.endpoint} {key}={named}: two things to evaluate; give one"
+                )
         if composed.endpoint_model is None:
             raise ConfigError(
                 f"endpoint={composed.endpoint}: say which model there, with endpoint_model=<name>"
             )
     if composed.run is not None:
-        if not OmegaConf.is_missing(composed.model, "name"):
+        if model is not None:
             raise ConfigError(
-                f"run={composed.run} model={composed.model.name}: a run brings its own model; "
-                "give one of the two"
+                f"run={composed.run} model={model}: a run brings its own model; give one of the two"
             )
         own = OmegaConf.structured(ModelConfig(trust_remote_code=composed.model.trust_remote_code))
         for key in own:
@@ -368,20 +372,9 @@ def _run_of(composed: DictConfig) -> Run:
         run.config()  # what is not there or damaged is named before a model opens
         run.record()
         return run
-    if composed.endpoint is None and OmegaConf.is_missing(composed.model, "name"):
+    if composed.endpoint is None and model is None:
         raise ConfigError("nothing to evaluate: give run=<folder>, model=<name> or endpoint=<url>")
     return Run(Path(str(composed.output)))
-
-
-def _refuse_two_subjects(composed: DictConfig) -> None:
-    for key, named in (
-        ("run", composed.run),
-        ("model", None if OmegaConf.is_missing(composed.model, "name") else composed.model.name),
-    ):
-        if named is not None:
-            raise ConfigError(
-                f"endpoint={composed.endpoint} {key}={named}: two things to evaluate; give one"
-            )
 
 
 def completed(composed: DictConfig, made_with: Mapping[str, Any]) -> DictConfig:

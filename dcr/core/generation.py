@@ -5,7 +5,6 @@ leave the batch where only keys and values are kept of them; transformers' `gene
 until the longest answer ends.
 """
 
-import functools
 import inspect
 import logging
 import math
@@ -113,8 +112,21 @@ def complete(
     its template does not allow the decoding.
     """
     waiting, size = ordered(policy, chat, rows, settings, decoding, encode)
-    decode = functools.partial(_answered, policy, chat, settings, score, bias, decoding, decided)
-    yield from machine.halving(waiting, size, "gen.batch_size", decode)
+
+    def answered(batch: Sequence[Encoded]) -> list[Completion]:
+        if decoding:
+            answers, masses = decoding.answered(policy, chat, batch, settings.most, score)
+        else:
+            prompts = [ids for _, ids in batch]
+            answers, masses = continued(
+                policy, chat, prompts, settings.most, score, bias=bias, decided=decided
+            )
+        return [
+            completion(chat, row, answer, mass)
+            for (row, _), answer, mass in zip(batch, answers, masses.tolist(), strict=True)
+        ]
+
+    yield from machine.halving(waiting, size, "gen.batch_size", answered)
 
 
 def ordered(
@@ -143,28 +155,6 @@ def ordered(
         size = max(1, size // 2)  # two readings keep two caches
     log.info("%d prompts, the longest of %d tokens: %d at once", len(waiting), longest, size)
     return waiting, size
-
-
-def _answered(
-    policy: Policy,
-    chat: ChatFormat,
-    settings: GenConfig,
-    score: Callable[[Tensor], Tensor],
-    bias: OpeningBias | None,
-    decoding: Decoding | None,
-    decided: Callable[[str], bool] | None,
-    batch: Sequence[Encoded],
-) -> list[Completion]:
-    """The answers to one batch of prompts, in order."""
-    if decoding:
-        answers, masses = decoding.answered(policy, chat, batch, settings.most, score)
-    else:
-        new, prompts = settings.most, [ids for _, ids in batch]
-        answers, masses = continued(policy, chat, prompts, new, score, bias=bias, decided=decided)
-    return [
-        completion(chat, row, answer, mass)
-        for (row, _), answer, mass in zip(batch, answers, masses.tolist(), strict=True)
-    ]
 
 
 def check_context(policy: Policy, encoded: Sequence[Encoded], new_tokens: int) -> None:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -60,39 +59,25 @@ def circle_floor(labels: Int[Tensor, "batch"]) -> Float[Tensor, ""]:
     return _mean_over_anchors(exponents, exponents, labels)
 
 
-@dataclass(frozen=True)
-class PairStatistics:
-    """Sums over the pairs i < j of one batch; add them up over batches before dividing."""
-
-    within_sum: Float[Tensor, ""]  # of cosines between prompts of one class
-    within_count: Int[Tensor, ""]
-    across_sum: Float[Tensor, ""]  # of cosines between prompts of different classes
-    across_count: Int[Tensor, ""]
-    violating_count: Int[Tensor, ""]
-    pair_count: Int[Tensor, ""]
-
-
 @torch.no_grad()
 def pair_statistics(
     features: Float[Tensor, "batch width"], labels: Int[Tensor, "batch"], margin: float
-) -> PairStatistics:
-    """The cosines within and across classes, and the number of pairs that miss the margin (Eq. 5).
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The cosines within and across classes, and the pairs that miss the margin (Eq. 5), by name.
 
-    A pair misses it if it is within a class and its cosine is below 1 - margin, or across classes
-    and above margin.
+    Each is a sum over the pairs i < j of the batch and its number of terms, for means over several
+    batches. A pair misses the margin if it is within a class and its cosine is below 1 - margin, or
+    across classes and above margin.
     """
     with torch.autocast(features.device.type, enabled=False):
         cosines = _cosine_matrix(features)
     within, across = (mask.triu(1) for mask in _pair_masks(labels))
     violating = (within & (cosines < 1 - margin)) | (across & (cosines > margin))
-    return PairStatistics(
-        within_sum=cosines[within].sum(),
-        within_count=within.sum(),
-        across_sum=cosines[across].sum(),
-        across_count=across.sum(),
-        violating_count=violating.sum(),
-        pair_count=within.sum() + across.sum(),
-    )
+    return {
+        "within_cosine": (cosines[within].sum(), within.sum()),
+        "across_cosine": (cosines[across].sum(), across.sum()),
+        "violating_share": (violating.sum(), within.sum() + across.sum()),
+    }
 
 
 def token_nll(

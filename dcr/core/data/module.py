@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from jaxtyping import Bool, Int
@@ -18,8 +18,20 @@ from dcr.core.passes import attention_mask, padded
 from dcr.core.prompts import IGNORED, ChatFormat, PairRow, PromptRow
 
 
+class Batch:
+    """Tensors of one step, which Lightning moves to a device together."""
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Self:
+        moved = {
+            name: part.to(device, non_blocking=non_blocking)
+            for name, part in vars(self).items()
+            if isinstance(part, Tensor | Batch)
+        }
+        return replace(self, **moved)  # pyright: ignore[reportArgumentType]  # dataclasses alone
+
+
 @dataclass(frozen=True)
-class PairBatch:
+class PairBatch(Batch):
     """Right-padded prompt-response pairs; `targets[b, t]` is what position t must predict."""
 
     ids: Int[Tensor, "batch length"]
@@ -28,13 +40,9 @@ class PairBatch:
     refusal: Bool[Tensor, "batch"]
     names: tuple[str, ...]
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> "PairBatch":
-        moved = (t.to(device, non_blocking=non_blocking) for t in _tensors(self))
-        return PairBatch(*moved, names=self.names)
-
 
 @dataclass(frozen=True)
-class PromptBatch:
+class PromptBatch(Batch):
     """Right-padded prompts of stage one with the positions to pool and next-token targets."""
 
     ids: Int[Tensor, "batch length"]
@@ -45,14 +53,9 @@ class PromptBatch:
     names: tuple[str, ...]
     general: PairBatch | None = None
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> "PromptBatch":
-        moved = (t.to(device, non_blocking=non_blocking) for t in _tensors(self))
-        general = self.general.to(device, non_blocking) if self.general else None
-        return PromptBatch(*moved, names=self.names, general=general)
-
 
 @dataclass(frozen=True)
-class ReadoutBatch:
+class ReadoutBatch(Batch):
     """Right-padded rows of the readout, prompts or answers, and the positions that are read.
 
     Attributes:
@@ -69,15 +72,6 @@ class ReadoutBatch:
     opening: Int[Tensor, "tokens"]
     names: tuple[str, ...]
     number: int
-
-    def to(self, device: torch.device, non_blocking: bool = False) -> "ReadoutBatch":
-        tensors = {name: each for name, each in vars(self).items() if isinstance(each, Tensor)}
-        moved = {name: t.to(device, non_blocking=non_blocking) for name, t in tensors.items()}
-        return replace(self, **moved)
-
-
-def _tensors(batch: PairBatch | PromptBatch) -> list[Tensor]:
-    return [value for value in vars(batch).values() if isinstance(value, Tensor)]
 
 
 def pair_batch(rows: Sequence[PairRow], pad: int) -> PairBatch:

@@ -143,12 +143,19 @@ class Local(Subject):
 
     def closed_chat(self) -> ChatFormat:
         """The chat format by the tokenizer alone, before weights are opened."""
-        model, source = self.settings.model, self.source
-        if source is None or (self.weights == "base" and not folders.is_adapter(source)):
+        model, folder = self.settings.model, self.result
+        if folder is None:
             tokenizer = models.open_tokenizer(model)
         else:
-            tokenizer = folders.result_tokenizer(source, model.trust_remote_code)
+            tokenizer = folders.result_tokenizer(folder, model.trust_remote_code)
         return prompts.chat_format(tokenizer, model)
+
+    @property
+    def result(self) -> Path | None:
+        """The folder of a stage's result, or of an adapter by name; None for a model by name."""
+        source = self.source
+        named = source is None or (self.weights == "base" and not folders.is_adapter(source))
+        return None if named else source
 
     def under(self, settings: EvalConfig) -> "Local":
         """The same weights, opened once for both, under other settings."""
@@ -275,15 +282,12 @@ class Local(Subject):
 
 def opened(subject: Local) -> Policy:
     """The weights in memory as they are, on the device they run on."""
-    settings, source = subject.settings, subject.source
-    trusted = settings.model.trust_remote_code
-    if source is not None and folders.is_adapter(source):
-        policy = folders.open_adapter(source, settings.precision, trust_remote_code=trusted)
-    elif source is None or subject.weights == "base":
+    settings, folder = subject.settings, subject.result
+    if folder is None:
         policy = models.open_policy(settings.model, settings.precision)
     else:
-        held = settings.model.quantization
-        policy = folders.open_folder(str(source), settings.precision, trusted, held)
+        trusted, held = settings.model.trust_remote_code, settings.model.quantization
+        policy = folders.open_result(folder, settings.precision, trusted, held)
     if getattr(policy.model.generation_config, "sequence_bias", None):
         log.warning(
             "%s: its generation config holds a sequence_bias, which a calibrated export decodes "

@@ -65,10 +65,9 @@ def save_adapter(
 ) -> None:
     """Writes a PEFT adapter folder with checksums that names its base weights.
 
-    `weights` are those that `trained` gathers from a sharded model.
-
-    `adapter_config.json` holds the absolute path, which `peft` opens, and `dcr.json` the relative
-    one with a fingerprint, which survives a move of the run folder.
+    `weights` are those that `trained` gathers from a sharded model. `adapter_config.json` holds the
+    absolute path, which `peft` opens, and `dcr.json` the relative one with a fingerprint, which
+    survives a move of the run folder.
     """
     local = Path(base).is_dir()
     name = str(Path(base).resolve()) if local else str(base)
@@ -121,12 +120,6 @@ def adapter_base(folder: Path) -> str:
             f"{folder}: {base.resolve()} is not the base this adapter was trained on; restore that"
         )
     return str(base.resolve())
-
-
-def base_quantization(folder: Path) -> Quantization:
-    """How the base weights of an adapter folder were held when it was trained."""
-    file = folder / ORIGIN_FILE
-    return storage.read_json(file, Origin).quantization if file.exists() else Quantization.none
 
 
 def is_adapter(folder: Path) -> bool:
@@ -184,7 +177,9 @@ def open_adapter(folder: Path, precision: Precision, trust_remote_code: bool = F
     settings = storage.read_json(folder / "adapter_config.json", AdapterSettings)
     if settings.megatron_config is not None:
         raise ConfigError(f"{folder}: its megatron_config names a module to import; remove it")
-    quantization = base_quantization(folder)
+    quantization = Quantization.none
+    if (folder / ORIGIN_FILE).exists():
+        quantization = storage.read_json(folder / ORIGIN_FILE, Origin).quantization
     if quantization is Quantization.nf4:
         check_installed("bitsandbytes", "memory", f"{folder}: was trained on weights in four bits")
     options = {"revision": settings.revision, "trust_remote_code": trust_remote_code}

@@ -128,16 +128,14 @@ def train_contrastive(job: Job) -> None:
     """Stage one: from the base model to `contrastive/`."""
     settings, run = job.settings, job.run
     policy = _contrastive_start(job)
-    _claim_base(job, Stage.contrastive, policy)
     chat = prompts.chat_format(policy.tokenizer, settings.model)
-    batches = _batches(job, Stage.contrastive, chat)
+    batches = _batches(job, Stage.contrastive, policy, chat)
     total = batches.steps_per_epoch * settings.dcr.epochs
     module = ContrastiveModule(policy, settings.dcr, job.block, total)
-    seen = _measuring(job, Stage.contrastive, policy, chat, total)
     light = passes.current().shrinks_frozen(settings)
     if light:
         passes.current().shrink_frozen(policy.model, job.block, whole=module.anchored)
-    trainer = _fit(job, Stage.contrastive, module, batches, total, *seen)
+    trainer = _fit(job, Stage.contrastive, module, policy, chat, batches, total)
     trained = structure.trained(policy.model)
     if trainer.is_global_zero:
         narrow = structure.is_quantised(policy.model)
@@ -154,9 +152,8 @@ def train_sft(job: Job) -> None:
     """Stage two: from the base model (STL, STL-aug) or `contrastive/` (DCR) to `sft/`."""
     settings, run = job.settings, job.run
     policy = _sft_start(job)
-    _claim_base(job, Stage.sft, policy)
     chat = _chat_of_answers(job, policy)
-    batches = _batches(job, Stage.sft, chat)
+    batches = _batches(job, Stage.sft, policy, chat)
     if batches.rows.too_long:
         log.warning(
             "%d pairs have no room for a response within sft.max_len=%d and were left out",
@@ -165,8 +162,7 @@ def train_sft(job: Job) -> None:
         )
     total = batches.steps_per_epoch * settings.sft.epochs
     module = SFTModule(policy, settings.sft, total)
-    seen = _measuring(job, Stage.sft, policy, chat, total)
-    trainer = _fit(job, Stage.sft, module, batches, total, *seen)
+    trainer = _fit(job, Stage.sft, module, policy, chat, batches, total)
     trained = structure.trained(policy.model)
     if trainer.is_global_zero:
         folders.save_adapter(policy, run.stage("sft"), policy.name, trained)
@@ -179,13 +175,11 @@ def train_readout(job: Job) -> None:
     before, phase = run.stage("sft"), settings.sft.readout
     trusted = settings.model.trust_remote_code
     policy = folders.open_adapter(before, settings.sft.precision, trust_remote_code=trusted)
-    _claim_base(job, Stage.readout, policy)
     chat = _chat_of_answers(job, policy)
-    batches = _batches(job, Stage.readout, chat)
+    batches = _batches(job, Stage.readout, policy, chat)
     openings = refusal.refusal_openings(chat)
     module = ReadoutModule(policy, phase, openings, settings.trainer.progress)
-    seen = _measuring(job, Stage.readout, policy, chat, phase.steps)
-    trainer = _fit(job, Stage.readout, module, batches, phase.steps, *seen)
+    trainer = _fit(job, Stage.readout, module, policy, chat, batches, phase.steps)
     if trainer.is_global_zero:
         rows = runs.read_metrics(run)
         contrasts = [row["value"] for row in rows if row["key"] == STEP_LOSS[Stage.readout]]
@@ -196,13 +190,12 @@ def train_readout(job: Job) -> None:
     _end(job, Stage.readout, trainer)
 
 
-def _measuring(
-    job: Job, stage: Stage, policy: Policy, chat: ChatFormat, total: int
-) -> list[Callback]:
-    return job.watched(job.run, stage, policy, chat, total) if job.watched else []
-
-
-def _batches(job: Job, stage: Stage, chat: ChatFormat) -> SafetyData:
+def _batches(job: Job, stage: Stage, policy: Policy, chat: ChatFormat) -> SafetyData:
+    """The batches of a stage, whose base is recorded, or found to be the one that was."""
+    if job.lease:
+        name, commit = Path(policy.name), getattr(policy.model.config, "_commit_hash", None)
+        weights = folders.weights_fingerprint(name) if name.is_dir() else f"{policy.name}@{commit}"
+        runs.claim_base(job.run, stage.value, weights, job.settings.force)
     context = models.facts(job.settings.model).context
     return SafetyData(stage, job.rows, chat, job.settings, context)
 
@@ -243,21 +236,14 @@ def _sft_start(job: Job) -> Policy:
     return Policy(adapted, policy.tokenizer, policy.name)
 
 
-def _claim_base(job: Job, stage: Stage, policy: Policy) -> None:
-    if job.lease is None:
-        return
-    name, commit = Path(policy.name), getattr(policy.model.config, "_commit_hash", None)
-    weights = folders.weights_fingerprint(name) if name.is_dir() else f"{policy.name}@{commit}"
-    runs.claim_base(job.run, stage.value, weights, job.settings.force)
-
-
 def _fit(
     job: Job,
     stage: Stage,
     module: resuming.ResumableModule,
+    policy: Policy,
+    chat: ChatFormat,
     batches: SafetyData,
     total: int,
-    *between: Callback,
 ) -> Trainer:
     """Train to the end, from the newest checkpoint on; the checkpoints are left until `_end`.
 
@@ -271,6 +257,7 @@ def _fit(
         log.info("%s: going on after step %d of %d", stage.value, step, total)
     if job.lease:
         runs.forget_metrics_beyond(job.run, stage.value, step)
+    between = job.watched(job.run, stage, policy, chat, total) if job.watched else []
     trainer = _trainer(job, stage, module, total, total // batches.steps_per_epoch, between)
     start = resuming.bit_sums(module)
     with resuming.faults_explained():
@@ -343,13 +330,18 @@ def lightning_trainer(
 ) -> Trainer:
     """Lightning's Trainer with what all training has in common, whose logs are under `name`."""
     options = settings.trainer
+    plugins: list[Any] = [resuming.VerifiedCheckpointIO(module)]
+    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
+        # as Lightning would choose, without requeueing, whose checkpoint can fall into the middle
+        # of a step: `resuming.Checkpoints` obeys the signal
+        plugins.append(SLURMEnvironment(auto_requeue=False))
     return Trainer(
         accelerator=options.accelerator,
         devices=options.devices,
         num_nodes=options.num_nodes,
         precision=LIGHTNING_PRECISION[precision],  # pyright: ignore[reportArgumentType]
         logger=[callbacks.RunLogger(run, name), *loggers],
-        plugins=[resuming.VerifiedCheckpointIO(module), *_slurm()],
+        plugins=plugins,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -369,14 +361,6 @@ def _strategy(settings: TrainConfig, stage: Stage) -> str | Strategy:
     if stage is Stage.readout:  # whose last blocks run by themselves
         return "ddp" if processes > 1 else "auto"
     return extending.ours(settings.table.sharding).strategy(processes)
-
-
-def _slurm() -> list[SLURMEnvironment]:
-    """Slurm's environment where Lightning would choose it, without its own requeueing, whose
-    checkpoint can fall into the middle of a step: `resuming.Checkpoints` obeys the signal."""
-    if TorchElasticEnvironment.detect() or not SLURMEnvironment.detect():
-        return []
-    return [SLURMEnvironment(auto_requeue=False)]
 
 
 def forget_checkpoints(run: Run, stage: Stage) -> None:

@@ -75,17 +75,12 @@ class PairMetrics(torch.nn.ModuleDict):
         counts: bool = True,
     ) -> None:
         """One batch; without weight where another rank `counts` the same rows."""
-        pairs = losses.pair_statistics(features, labels, self.margin)
-        batch = len(labels)
-        summed = {  # the sum, and its number of terms
+        batch = torch.tensor(len(labels), device=features.device)
+        summed = losses.pair_statistics(features, labels, self.margin) | {
             "circle": (circle * batch, batch),
             "above_floor": ((circle - floor) * batch, batch),
-            "within_cosine": (pairs.within_sum, pairs.within_count),
-            "across_cosine": (pairs.across_sum, pairs.across_count),
-            "violating_share": (pairs.violating_count, pairs.pair_count),
         }
-        for name, (total, count) in summed.items():
-            weight = torch.as_tensor(count, device=features.device)
+        for name, (total, weight) in summed.items():
             mean: Any = self[name]
             mean.update(total.detach() / weight.clamp(min=1), weight=weight * counts)
 
