@@ -35,8 +35,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from dcr import extensions
-from dcr.core import cli, generation, models, prompts, refusal, sources
+from dcr import cli, extensions
+from dcr.core import generation, models, prompts, refusal, sources
 from dcr.core.config import Kind, Precision, resolving
 from dcr.core.config.evaluation import GenConfig
 from dcr.core.models import Policy

@@ -25,9 +25,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from dcr import cli
 from dcr.analyses import ntk
 from dcr.analyses.ntk import Settings, empirical
-from dcr.core import cli, models, sources
+from dcr.core import models, sources
 from dcr.core.config import Kind, Precision, resolving
 from dcr.core.models import Policy
 from dcr.extensions import TrainSettings

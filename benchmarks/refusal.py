@@ -26,9 +26,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from dcr import extensions
+from dcr import cli, extensions
 from dcr.analyses import probability
-from dcr.core import cli, models, passes, prompts, sources
+from dcr.core import models, passes, prompts, sources
 from dcr.core.config import Kind, Precision, resolving
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat

@@ -23,8 +23,8 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from dcr import extensions
-from dcr.core import cli, data, models, prompts
+from dcr import cli, extensions
+from dcr.core import data, models, prompts
 from dcr.core.config import Stage, TrainConfig, resolving
 from dcr.core.data.module import pair_batch
 from dcr.core.data.rows import StageRows, micro_batches

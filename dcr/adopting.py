@@ -13,10 +13,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dcr.core import config, data, ending, machine, runs, storage
+from dcr import ending
+from dcr.core import config, data, machine, runs, storage
 from dcr.core.config import DataError, Stage, TrainConfig, UserError
-from dcr.core.ending import single_line
 from dcr.core.runs import Cost, Run
+from dcr.ending import single_line
 
 STAGE_ONE = ("model", "data", "dcr", "seed", "tracking")  # nodes that decide its weights and log
 STAGE_ONE_ROWS = ("seemingly_toxic", "toxic", "normal")

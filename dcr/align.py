@@ -23,9 +23,9 @@ from dcr import eval as evaluation
 from dcr.core import config, machine, refusal, storage
 from dcr.core.config import ConfigError, DataConfig, DataError, Kind, Stage, TrainConfig
 from dcr.core.config.evaluation import EvalConfig
-from dcr.core.ending import single_line
 from dcr.core.runs import Run
 from dcr.core.sources import SOURCES
+from dcr.ending import single_line
 from dcr.extensions import EvalSettings
 from dcr.plan import cost
 from dcr.study import Job, Part, StudyError

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dcr import entry, extensions, keywords
-from dcr.core import ending, machine, prompts, refusal
+from dcr import ending, entry, extensions, keywords
+from dcr.core import machine, prompts, refusal
 from dcr.core.config import ConfigError, ModelConfig, Precision, resolving
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run

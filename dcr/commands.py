@@ -11,8 +11,8 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from dcr import extensions, launching
-from dcr.core import cli, config, ending
+from dcr import cli, ending, extensions, launching
+from dcr.core import config
 from dcr.core.config import ConfigError, resolving
 from dcr.core.runs import Run
 from dcr.core.text import nearest

@@ -10,8 +10,8 @@ from typing import Any
 from dcr import entry
 from dcr.core import config, storage
 from dcr.core.config import ConfigError, Kind
-from dcr.core.ending import single_line
 from dcr.core.runs import Run
+from dcr.ending import single_line
 
 TITLE = "Discernment: what contrastive refinement changes"
 VIEW = "dcr"  # the workspace's name in its address, by which a second command finds it

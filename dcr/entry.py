@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from dcr.core.config import ConfigError, UserError, resolving
-from dcr.core.ending import faults_in_words, quieten, safe_output, single_line, stopped_by
 from dcr.core.text import nearest
+from dcr.ending import faults_in_words, quieten, safe_output, single_line, stopped_by
 
 COLUMNS = 100  # of commands' output
 KINDS = {bool: "true/false", int: "integer", float: "number", str: "text", Path: "path"}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from dcr import (
     analyses,
     calibration,
+    ending,
     endpoints,
     gating,
     looks,
@@ -23,7 +24,6 @@ from dcr import (
 from dcr.ability import AbilityConfig
 from dcr.analyses import ClaimsConfig, KernelConfig, RefusalProbabilityConfig, SeparabilityConfig
 from dcr.calibration import CalibrationConfig
-from dcr.core import ending
 from dcr.core.config import Part, TrainConfig, TrainTable, is_path
 from dcr.core.config.evaluation import EvalConfig, Table
 from dcr.endpoints import HTTPConfig

@@ -26,8 +26,9 @@ from hydra.core.utils import JobReturn, JobStatus, configure_log
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
-from dcr.core import cli, config, ending, storage
-from dcr.core.cli import Outcome
+from dcr import cli, ending
+from dcr.cli import Outcome
+from dcr.core import config, storage
 from dcr.core.config import ConfigError, UserError, resolving
 
 log = logging.getLogger(__name__)

@@ -25,10 +25,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from dcr import adopting, entry, extensions, plan
+from dcr import adopting, cli, ending, entry, extensions, plan
 from dcr import eval as evaluation
 from dcr.adopting import NAMES
-from dcr.core import cli, config, ending, machine, prompts, runs, storage
+from dcr.core import config, machine, prompts, runs, storage
 from dcr.core.config import (
     STAGES,
     ConfigError,
@@ -39,9 +39,9 @@ from dcr.core.config import (
     resolving,
 )
 from dcr.core.config.evaluation import DeviceConfig
-from dcr.core.ending import single_line
 from dcr.core.runs import Run
 from dcr.core.text import label_of, nearest
+from dcr.ending import single_line
 from dcr.extensions import EvalSettings, TrainSettings
 from dcr.plan import cost
 

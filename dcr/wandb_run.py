@@ -20,8 +20,8 @@ from dcr.core.config import (
     WandbConfig,
     WandbMode,
 )
-from dcr.core.ending import redact, single_line
 from dcr.core.runs import Run
+from dcr.ending import redact, single_line
 
 if TYPE_CHECKING:
     import wandb

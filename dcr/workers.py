@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from dcr.core import ending, generation, passes, refusal
+from dcr import ending
+from dcr.core import generation, passes, refusal
 from dcr.core.config import UserError
 from dcr.core.evaluation.subjects import Local, Opening
 from dcr.core.generation import Completion

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from dcr import augment, entry, stl_aug, train
+from dcr import augment, cli, entry, stl_aug, train
 from dcr.augment import INSTRUCTIONS
 from dcr.contamination import texts_of
-from dcr.core import cli, data, runs
+from dcr.core import data, runs
 from dcr.core.config import (
     AugmentConfig,
     ConfigError,

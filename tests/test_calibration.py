@@ -15,11 +15,11 @@ from hydra import compose, initialize_config_dir
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dcr import cli, export, train
 from dcr import eval as eval_entry
-from dcr import export, train
 from dcr.calibration import biases as calibration
 from dcr.calibration.biases import Beginnings
-from dcr.core import cli, config, generation, models, prompts, refusal, storage
+from dcr.core import config, generation, models, prompts, refusal, storage
 from dcr.core.config import ConfigError, EvaluationSets, LoraConfig, ModelConfig, Precision
 from dcr.core.evaluation import metrics, subjects
 from dcr.core.generation import OpeningBias

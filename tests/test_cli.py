@@ -16,8 +16,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from tiny_run import CONF, overrides, write_jsonl
 
-from dcr import chat, commands, entry
-from dcr.core import cli, ending, models
+from dcr import chat, cli, commands, ending, entry
+from dcr.core import models
 from dcr.core.config import ConfigError, UserError, resolving
 from dcr.core.runs import Run
 

@@ -33,7 +33,7 @@ from hydra import compose, initialize_config_dir
 from dcr import eval as entry
 from dcr import train
 from dcr import dashboard
-from dcr.core import cli
+from dcr import cli
 from dcr.extensions import EvalSettings
 from dcr.core.runs import Run
 from tests import tiny_run

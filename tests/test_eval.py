@@ -12,9 +12,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from transformers import AutoModelForCausalLM
 
+from dcr import cli, keywords
 from dcr import eval as eval_entry
-from dcr import keywords
-from dcr.core import cli, generation, refusal, storage
+from dcr.core import generation, refusal, storage
 from dcr.core.config import ConfigError, Precision, SourcesByKind, UserError
 from dcr.core.evaluation import metrics, subjects
 from dcr.core.models import folders

@@ -15,9 +15,9 @@ from sklearn.metrics import roc_auc_score
 from tiny_run import CONF, WORDS, write_jsonl
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from dcr import cli, results
 from dcr import eval as eval_entry
-from dcr import results
-from dcr.core import cli, models, prompts, refusal, sources, storage
+from dcr.core import models, prompts, refusal, sources, storage
 from dcr.core.config import ConfigError, DataError, Kind, ModelConfig, Precision
 from dcr.core.evaluation import metrics, subjects
 from dcr.core.generation import Completion

@@ -15,8 +15,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from dcr import train
-from dcr.core import cli, config, models, storage
+from dcr import cli, train
+from dcr.core import config, models, storage
 from dcr.core.config import ModelConfig, Precision, TrainConfig, UserError, resolving
 from dcr.core.models import folders
 from dcr.core.runs import Run

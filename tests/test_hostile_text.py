@@ -17,13 +17,13 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcr import balance, entry, wandb_run
-from dcr.core import cli, config, ending, runs, sources, storage
+from dcr import balance, cli, ending, entry, wandb_run
+from dcr.core import config, runs, sources, storage
 from dcr.core.config import Kind, ModelConfig, UserError, resolving
-from dcr.core.ending import redact, single_line
 from dcr.core.generation import Completion
 from dcr.core.runs import Run
 from dcr.core.text import encodable, printable
+from dcr.ending import redact, single_line
 from dcr.judges.verdicts import filled
 from dcr.keywords import recommended
 from tests.servers.loopback import Answer, as_json

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
+from dcr import cli, keywords, outcomes, train
 from dcr import eval as eval_entry
-from dcr import keywords, outcomes, train
-from dcr.core import cli, models, prompts, refusal
+from dcr.core import models, prompts, refusal
 from dcr.core.config import Language, ModelConfig, resolving
 from dcr.core.evaluation import scoring
 from dcr.core.runs import Run

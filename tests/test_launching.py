@@ -18,8 +18,7 @@ import yaml
 from forked import killed
 from tiny_run import logged, overrides, same, settings, weights
 
-from dcr import launching, train
-from dcr.core import cli
+from dcr import cli, launching, train
 from dcr.core.config import ConfigError, resolving
 from dcr.core.runs import Run
 from dcr.extensions import TrainSettings

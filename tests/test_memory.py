@@ -99,7 +99,8 @@ def child(shape: dict[str, Any], block: int, settings: str, packed: bool) -> Non
     from tiny_run import fit
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from dcr.core import cli, machine, models, passes
+    from dcr import cli
+    from dcr.core import machine, models, passes
     from dcr.core.config import Adapter, Precision, Stage
     from dcr.core.models import Policy, structure
     from dcr.core.training import LIGHTNING_PRECISION

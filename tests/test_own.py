@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
-from dcr import results, study, wandb_scores
-from dcr.core import cli, config, extending, runs
+from dcr import cli, results, study, wandb_scores
+from dcr.core import config, extending, runs
 from dcr.core.config import UserError, resolving
 from dcr.core.evaluation import metrics
 from dcr.extensions import EvalSettings

@@ -10,8 +10,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from dcr import plan
-from dcr.core import cli, data, models
+from dcr import cli, plan
+from dcr.core import data, models
 from dcr.core.config import (
     ConfigError,
     Kind,

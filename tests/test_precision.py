@@ -10,9 +10,9 @@ import torch
 import yaml
 from tiny_run import changed, composed, settings
 
-from dcr import chat, train
+from dcr import chat, cli, train
 from dcr import eval as eval_entry
-from dcr.core import cli, machine, runs
+from dcr.core import machine, runs
 from dcr.core.config import ConfigError, Precision
 from dcr.core.models.structure import DTYPES
 from dcr.core.runs import Run

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from dcr import dequantising, export, plan, train
+from dcr import cli, dequantising, export, plan, train
 from dcr import eval as evaluation
-from dcr.core import cli, machine, models, passes
+from dcr.core import machine, models, passes
 from dcr.core.config import (
     ConfigError,
     LoraConfig,

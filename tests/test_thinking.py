@@ -15,10 +15,10 @@ from hydra import compose, initialize_config_dir
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from dcr import cli, outcomes
 from dcr import eval as eval_entry
-from dcr import outcomes
 from dcr.calibration import biases
-from dcr.core import cli, generation, models, prompts, refusal, thoughts
+from dcr.core import generation, models, prompts, refusal, thoughts
 from dcr.core.config import ConfigError, DataError, Kind, ModelConfig
 from dcr.core.evaluation import metrics, subjects
 from dcr.core.models import Policy

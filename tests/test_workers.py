@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from dcr import cli, workers
 from dcr import eval as eval_entry
-from dcr import workers
-from dcr.core import cli, storage
+from dcr.core import storage
 from dcr.core.config import UserError
 from dcr.extensions import EvalSettings
 from tests import tiny_run

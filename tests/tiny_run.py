@@ -15,8 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dcr import train
-from dcr.core import cli, runs
+from dcr import cli, train
+from dcr.core import runs
 from dcr.core.config import TrainConfig, resolving
 from dcr.core.data.module import SafetyData
 from dcr.core.runs import Run

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from dcr import entry
+from dcr import cli, entry
 from dcr.choice.origins import FEWEST, LIMIT
-from dcr.core import cli, machine, storage
+from dcr.core import machine, storage
 from dcr.core.config import Precision, UserError, resolving
 from dcr.core.statistics import Interval
 from dcr.core.text import label_of

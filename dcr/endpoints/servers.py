@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from dcr.core.config import ConfigError, UserError, check_installed
-from dcr.core.ending import single_line
+from dcr.ending import single_line
 from dcr.endpoints import ServerConfig
 
 OPENAI = "https://api.openai.com/v1"

@@ -13,10 +13,10 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dcr import study
+from dcr import cli, study
 from dcr.choice import origins
 from dcr.choice.origins import Pair
-from dcr.core import cli, config, data, runs, storage
+from dcr.core import config, data, runs, storage
 from dcr.core.config import AUTO_LAYER, ConfigError, TrainConfig, UserError
 from dcr.core.evaluation import sets
 from dcr.core.sources import SOURCES

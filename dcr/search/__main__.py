@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from dcr import entry, search, study
-from dcr.core import cli, config, storage
+from dcr import cli, entry, search, study
+from dcr.core import config, storage
 from dcr.core.config import ConfigError, Method, resolving
 from dcr.extensions import TrainSettings
 from dcr.search import OBJECTIVES, Search

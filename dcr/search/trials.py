@@ -19,9 +19,9 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from dcr import launching, results, study
 from dcr.core import config, runs, storage
 from dcr.core.config import STAGES, DataError, UserError
-from dcr.core.ending import single_line
 from dcr.core.evaluation import subjects
 from dcr.core.runs import Cost
+from dcr.ending import single_line
 from dcr.report.paper import SAFETY_SHARE
 from dcr.search import OBJECTIVES, Search, Space, words_of
 from dcr.study import Job, StudyError

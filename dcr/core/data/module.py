@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Int
@@ -17,11 +17,13 @@ from dcr.core.data.rows import ReadoutRow, Rounds, StageRows, readout_rows
 from dcr.core.passes import attention_mask, padded
 from dcr.core.prompts import IGNORED, ChatFormat, PairRow, PromptRow
 
+Moved = TypeVar("Moved", bound="Batch")
+
 
 class Batch:
     """Tensors of one step, which Lightning moves to a device together."""
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> Self:
+    def to(self: Moved, device: torch.device, non_blocking: bool = False) -> Moved:
         moved = {
             name: part.to(device, non_blocking=non_blocking)
             for name, part in vars(self).items()

@@ -33,7 +33,9 @@ from rich.table import Column, Table
 from dcr.core import config, runs, storage
 from dcr.core.config import ConfigError, ModelConfig, TrainConfig, UserError, resolving
 from dcr.core.config.evaluation import EvalConfig
-from dcr.core.ending import (
+from dcr.core.runs import Run
+from dcr.core.text import label_of
+from dcr.ending import (
     BEGUN,
     SCHEMAS,
     SIGNALLED,
@@ -47,8 +49,6 @@ from dcr.core.ending import (
     single_line,
     stopped_by,
 )
-from dcr.core.runs import Run
-from dcr.core.text import label_of
 
 Settings = TypeVar("Settings", bound=EvalConfig)
 
