@@ -138,7 +138,12 @@ def _claimed(settings: TrainConfig, run: Run, rows: Splits) -> Iterator[Lease | 
             examine: Examine | None = extending.ours(settings.table.examining)
             about, warnings = examine(rows) if examine else ({}, [])
             runs.claim_rows(run, data.row_record(rows, about), settings.force)
-            _say_rows(rows, warnings)
+            drawn = (f"{len(part)} {name}" for name, part in rows.parts().items() if part)
+            log.info("rows: %s", ", ".join(drawn))
+            for line in rows.told():
+                log.info(line)
+            for line in warnings:
+                log.warning(line)
             yield lease
         except BaseException:
             if lease.holds():  # else the folder is gone, or another's
@@ -155,12 +160,3 @@ def _take_back(run: Run, before: set[str]) -> None:
         shutil.rmtree(place) if place.is_dir() else place.unlink()
     if not before:
         run.folder.rmdir()
-
-
-def _say_rows(rows: Splits, warnings: list[str]) -> None:
-    counts = {name: len(part) for name, part in rows.parts().items() if part}
-    log.info("rows: %s", ", ".join(f"{count} {name}" for name, count in counts.items()))
-    for line in rows.told():
-        log.info(line)
-    for line in warnings:
-        log.warning(line)

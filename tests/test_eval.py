@@ -103,7 +103,7 @@ def test_discernment_reads_each_prompt_once_and_generates_nothing(
     def fail(*_: object) -> None:
         raise AssertionError("an answer was generated, or the weights were opened for nothing")
 
-    monkeypatch.setattr("dcr.core.generation._answered", fail)
+    monkeypatch.setattr("dcr.core.generation.continued", fail)
     eval_entry.evaluate(settings, run)
     read = {
         row.id + file.stem: row.mass

@@ -445,7 +445,7 @@ def test_a_prompt_beyond_the_context_is_named_before_anything_runs(
     length = len(chat_of(small).prompt_ids(PROMPTS[0]))
     fits = 64 - length
     assert run(small, 1, fits, ROWS[:1])["p0"].id == "p0"
-    monkeypatch.setattr(generation, "_answered", None)
+    monkeypatch.setattr(generation, "continued", None)
     message = rf"made: p0: its {length} tokens and {fits + 1} new ones exceed the model's context"
     with pytest.raises(DataError, match=message):
         run(small, 1, fits + 1, ROWS[:1])

@@ -48,6 +48,14 @@ class Odd(Judge):
         return ["even" for _ in answers]
 
 @dataclass
+class Picky(Odd):
+    least: int = 1
+
+    def __post_init__(self):
+        if self.least > 9:
+            raise ValueError("least is 9 at most")
+
+@dataclass
 class Silent(Judge):
     labels = ()
 
@@ -277,7 +285,7 @@ def checked(*words: str) -> None:
         ("judge=[no_lab:Tone]", "judge=no_lab:Tone: no module no_lab in {here} or the environment"),
         ("judge=[broken:Tone]", "broken cannot be imported (ModuleNotFoundError: No module named"),
         ("judge=[torn:Tone]", "judge=torn:Tone: torn cannot be imported (SyntaxError: "),
-        ("judge=[own_lab:Tune]", "own_lab has no Tune; it has Tone, Odd, Silent"),
+        ("judge=[own_lab:Tune]", "own_lab has no Tune; it has Tone, Odd, Picky, Silent"),
         ("tasks=[own_lab:Tone]", "Tone must be a dataclass that subclasses dcr.core.evaluation.pr"),
         ("tasks=[own_lab:Plain]", "Plain must be a dataclass that subclasses dcr.core.evaluation"),
         ("tasks=[own_lab:Lacking]", "tasks=own_lab:Lacking: Lacking must define measure"),
@@ -289,6 +297,7 @@ def checked(*words: str) -> None:
             "judge=[own_lab:Tone] own.Tone.words=[] own.Tone.least=x",
             "own.Tone.least=x: give a whole number",
         ),
+        ("judge=[own_lab:Picky] own.Picky.least=10", "own.Picky: least is 9 at most"),
         ("judge=[own_lab:Tone] own.Tone.lest=1", "own.Tone.lest: no such setting; did you mean le"),
         ("judge=[own_lab:Tone] own.Tune.least=1", "own.Tune: no setting names a class of this nam"),
         ("own.Tone.least=1", "own.Tone: no setting names a class of this name; name it as package"),

@@ -153,6 +153,8 @@ REFUSED = [
     ("hh_rlhf_red_team", {"root": "{0}"}, DataError, r"only on the hub \(Anthropic/hh-rlhf\)"),
     ("advbench", {"root": "{0}"}, DataError, r"advbench\.jsonl:2: prompt: missing"),
     ("harmfulq", {"root": "{0}", "pairs": True}, DataError, "harmfulq: no row has a response"),
+    ("advbench_test", {"root": "{0}"}, DataError, r"advbench\.jsonl:2: prompt: missing"),
+    ("coconot_safety", {"root": "{0}"}, DataError, "coconot_safety: none of 1 rows is one of its"),
 ]
 
 
@@ -162,6 +164,7 @@ def test_a_named_source_that_cannot_be_read_is_explained(
 ) -> None:
     write(tmp_path, {"prompt": "a"}, {"text": "b"}, name="advbench/advbench.jsonl")
     write(tmp_path, {"prompt": "a"}, name="harmfulq/harmfulq.jsonl")
+    write(tmp_path, {"prompt": "a"}, name="coconot/coconot_contrast_eval.jsonl")
     if "root" in options:
         options = options | {"root": options["root"].format(tmp_path)}
     with pytest.raises(kind, match=message):

@@ -104,14 +104,14 @@ def with_settings(own: type[Part], given: Mapping[str, Any]) -> Part:
         return TypeAdapter(own).validate_python(dict(given))
     except ValidationError as error:
         first = error.errors()[0]
-        field, *within = map(str, first["loc"])
+        named, *within = map(str, first["loc"] or ("",))  # none: the class refused them together
+        key = f"own.{own.__name__}.{named}".rstrip(".")
         if first["type"] == "missing":
-            said = f"{field}: it needs a value"
-        else:
-            place = "".join(f" ({each})" for each in within)
-            cure = CURES.get(first["type"].split("_")[0]) or first["msg"]
-            said = f"{field}={given.get(field)}{place}: {cure}"
-        raise ConfigError(f"own.{own.__name__}.{said}") from error
+            raise ConfigError(f"{key}: it needs a value") from error
+        value = f"={given[named]}" if named in given else ""
+        place = "".join(f" ({each})" for each in within)
+        cure = CURES.get(first["type"].split("_")[0]) or first["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{key}{value}{place}: {cure}") from error
 
 
 def origin(part: Any) -> dict[str, Any]:

@@ -339,14 +339,22 @@ def _of_both(config: Settings) -> Iterator[str]:
 
 
 def _of_training(config: TrainConfig) -> Iterator[str]:
-    dcr = config.dcr
+    dcr, trainer = config.dcr, config.trainer
+    strategy, processes = (
+        f"trainer.strategy={trainer.strategy}",
+        trainer.devices * trainer.num_nodes,
+    )
+    if trainer.strategy not in STRATEGIES:
+        yield f"{strategy}: choose one of {', '.join(STRATEGIES)}"
+    if trainer.accelerator == "mps" and (processes > 1 or trainer.strategy != "auto"):
+        yield f"{strategy} trainer.accelerator=mps: it trains in one process; use cpu or gpu"
     if config.model.quantization is Quantization.nf4:
         if config.method is Method.dcr and dcr.adapter is Adapter.full:
             yield (
                 "model.quantization=nf4 dcr.adapter=full: stage one would train the blocks' own "
                 "weights, which four bits cannot follow; add dcr.adapter=lora, or use method=stl"
             )
-        if config.trainer.strategy == FSDP:
+        if trainer.strategy == FSDP:
             yield "model.quantization=nf4 trainer.strategy=fsdp: choose one of them"
     if not stages_of(config):
         lacking = {
@@ -366,10 +374,9 @@ def _of_training(config: TrainConfig) -> Iterator[str]:
         yield (
             f"dcr.optim.lr={dcr.optim.lr}: too small to move bf16 weights; use dcr.precision=mixed"
         )
-    yield from _of_several_processes(config)
     if dcr.optim.moments is Moments.int8:
         check_installed("bitsandbytes", "memory", "dcr.optim.moments=int8")
-        if config.trainer.strategy == FSDP:
+        if trainer.strategy == FSDP:
             yield "dcr.optim.moments=int8 trainer.strategy=fsdp: choose one of them"
     for name, node in (("dcr", dcr), ("sft", config.sft)):
         if not node.lora.targets:
@@ -377,15 +384,6 @@ def _of_training(config: TrainConfig) -> Iterator[str]:
     for kind in ("seemingly_toxic", "toxic"):
         if not getattr(config.sft.readout, kind):
             yield f"sft.readout.{kind}=[]: name sources, or leave it out"
-
-
-def _of_several_processes(config: TrainConfig) -> Iterator[str]:
-    trainer, strategy = config.trainer, f"trainer.strategy={config.trainer.strategy}"
-    processes = trainer.devices * trainer.num_nodes
-    if trainer.strategy not in STRATEGIES:
-        yield f"{strategy}: choose one of {', '.join(STRATEGIES)}"
-    if trainer.accelerator == "mps" and (processes > 1 or trainer.strategy != "auto"):
-        yield f"{strategy} trainer.accelerator=mps: it trains in one process; use cpu or gpu"
 
 
 # --- Hydra's and OmegaConf's several lines as one that names key, value and cure ---

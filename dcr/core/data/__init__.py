@@ -292,14 +292,6 @@ def _with_stage_one(
     )
 
 
-def _by_topic(
-    rows: Sequence[Example], holdout: float, seed: int
-) -> tuple[list[Example], list[Example]]:
-    """(train, held out), with about a share of the topics held out; `group` is then the topic."""
-    named = [replace(row, group=row.category or row.group) for row in rows]
-    return sources.split_by_group(named, holdout, seed)
-
-
 def with_readout(rows: Splits, readout: ReadoutConfig, seed: int, cleaning: Cleaning) -> Splits:
     """The readout's pairs, of which a share of the topics is held out from both kinds alike."""
     parts: dict[str, list[Example]] = {}
@@ -308,7 +300,9 @@ def with_readout(rows: Splits, readout: ReadoutConfig, seed: int, cleaning: Clea
         (Kind.toxic, readout.toxic),
     ):
         name = f"readout_{kind.value}"
-        kept, heldout = _by_topic(cleaning.clean(name, kind, names), readout.heldout, seed)
+        rows_of_kind = cleaning.clean(name, kind, names)
+        by_topic = [replace(row, group=row.category or row.group) for row in rows_of_kind]
+        kept, heldout = sources.split_by_group(by_topic, readout.heldout, seed)
         if not kept:
             raise ConfigError(f"sft.readout.{kind.value}: no row is left of {', '.join(names)}")
         parts |= {name: kept, f"{name}_heldout": heldout}

@@ -98,6 +98,8 @@ def _read(name: str, root: str | None, kind: Kind | None, pairs: bool) -> list[E
     rows, expected = _rows(name, source, root)
     examples = _examples(name, source, rows, expected)
     chosen = [example for example in examples if example.response is not None or not pairs]
+    if not examples:
+        raise DataError(f"{name}: none of {len(rows)} rows is one of its prompts; restore the file")
     if not chosen:
         raise DataError(f"{name}: no row has a response; choose a source of pairs")
     return chosen

@@ -220,7 +220,7 @@ def _part(name: str, whole: Source, rows: int, final: bool) -> Source:
     hub = None if whole.hub is None else replace(whole.hub, rows=rows)
 
     def kept(row: Row) -> bool:
-        return whole.keep(row) and is_final(str(row["prompt"])) is final
+        return whole.keep(row) and is_final(str(row.get("prompt"))) is final
 
     return replace(whole, hub=hub, rows=rows, keep=kept, part_of=name, final=final)
 
