@@ -4,6 +4,7 @@ Records kept line by line: none is lost, none is torn, and no answer is paid for
 for every store of answers; the truth is a command that nothing ended.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -59,6 +60,18 @@ def test_a_second_user_of_a_folder_is_refused_and_a_lease_ends_with_it(tmp_path:
             newer.check()
             with pytest.raises(UserError, match="deleted or replaced"):
                 lease.check()
+
+
+def test_a_file_system_without_locks_is_told_from_a_folder_in_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    told = r"\.lock: cannot be written \(No locks available\)"
+    with pytest.raises(UserError, match=told), storage.locked(tmp_path / "run"):
+        raise AssertionError("nothing keeps others out")
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:

@@ -467,14 +467,14 @@ def locked(folder: Path) -> Iterator[Lease]:
         folder.mkdir(parents=True, exist_ok=True)
         handle = file.open("a+", encoding="utf-8", errors="replace")
     with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            handle.seek(0)
-            holder = handle.read(200).strip()
-            fault = f"another process is using this run folder{holder and f' ({holder})'}"
-            raise UserError(f"{folder}: {fault}; wait for it, or end it") from error
-        with _writing(file):
+        with _writing(file):  # also on a file system without locks
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                handle.seek(0)
+                holder = handle.read(200).strip()
+                fault = f"another process is using this run folder{holder and f' ({holder})'}"
+                raise UserError(f"{folder}: {fault}; wait for it, or end it") from error
             handle.truncate(0)
             handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             handle.flush()
