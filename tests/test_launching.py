@@ -95,7 +95,7 @@ def test_a_signal_reaches_jobs_side_by_side_once(tmp_path: Path) -> None:
 
 def test_jobs_side_by_side_end_with_a_sweep_that_is_killed(tmp_path: Path) -> None:
     waiting = (
-        "import os, pathlib, time\nfrom dcr import launching\nfrom dcr.core import cli\n"
+        "import os, pathlib, time\nfrom dcr import cli, launching\n"
         "file = pathlib.Path(__file__)\n"
         "def main():\n    file.with_suffix('.up').write_text(str(os.getpid()))\n"
         "    time.sleep(600)\n"
