@@ -66,15 +66,15 @@ class Options:
 
     source: str = entry.option("the seemingly toxic prompts: a source's name or a .jsonl file")
     twins: bool = entry.option(
-        "the source's prompts are toxic: harmless twins of them, of the same form and nearly the "
-        "same words, are written first, and these are answered; judge=llm reads whether they are",
+        "the source's prompts are toxic: first write harmless twins of the same form and nearly "
+        "the same words, then answer the twins; judge=llm checks that twins are harmless",
         False,
     )
-    out: Path = entry.option("where answers go: a .jsonl file, added to where it is this command's")
+    out: Path = entry.option("where answers go: a .jsonl file, to which this command may add")
     count: int | None = entry.option("prompts, drawn by seed; none: all", None, least=1)
     attempts: int = entry.option(
-        "how often a prompt is asked whose answer was rejected, each time with another "
-        "instruction in the system prompt; so is a toxic prompt without a twin",
+        "how often to ask for an answer, or for a twin, until one is accepted; each time with "
+        "another instruction in the system prompt",
         1,
         least=1,
         most=len(INSTRUCTIONS),

@@ -41,7 +41,7 @@ class Options:
         "the folder of a gate that python -m dcr.gate trained, which refuses first", None
     )
     threshold: float | None = entry.option(
-        "of the gate; none: its own", None, least=0, most=1, key="gating.threshold"
+        "the gate's threshold; none: its own", None, least=0, most=1, key="gating.threshold"
     )
     precision: str = entry.option(
         "of the model; auto: as the run was trained, else what the device does natively",

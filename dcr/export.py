@@ -121,10 +121,10 @@ class Options:
         None,
     )
     threshold: float | None = entry.option(
-        "of the gate; none: its own", None, least=0, most=1, key="gating.threshold"
+        "the gate's threshold; none: its own", None, least=0, most=1, key="gating.threshold"
     )
     alone: bool = entry.option(
-        "whether answers behind the gate open with no refusal", True, key="gating.alone"
+        "the gate alone decides: answers do not begin with a refusal", True, key="gating.alone"
     )
     trust_remote_code: bool = entry.option(
         "run code that comes with the weights; a run's own settings never switch it on", False

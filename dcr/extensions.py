@@ -118,7 +118,7 @@ class EvalSettings(EvalConfig):
 
     table: ClassVar[Table] = TABLE
 
-    # A gate's folder, see dcr.gate: it refuses prompts, and the weights answer the others.
+    # The folder of a gate, which refuses toxic prompts; the model answers the others.
     gate: str | None = None
     gating: GatingConfig = field(default_factory=GatingConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)

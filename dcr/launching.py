@@ -51,18 +51,18 @@ class JoblibOptions:
 
 @dataclass
 class SlurmOptions:
-    """hydra/launcher=slurm: an array of Slurm jobs, a task for each of `trainer.devices`."""
+    """hydra/launcher=slurm: an array of Slurm jobs, each with a task for each device."""
 
     _target_: str = LAUNCHER
     cluster: str = "slurm"  # or local, to try it as processes of this machine
     partition: str | None = None
     account: str | None = None
-    minutes: int = 1440  # that an attempt may take; a job that is not done by then is requeued
-    notice: int = 120  # seconds before the end of an attempt that USR1 announces it
+    minutes: int = 1440  # the most for an attempt; a job that is not done by then is requeued
+    notice: int = 120  # how many seconds before the end of an attempt USR1 announces it
     parallel: int = 256  # jobs at a time
     gpus_per_node: int | None = None
     cpus_per_task: int = 4
-    mem_gb: int | None = None  # a node
+    mem_gb: int | None = None  # of each node
     setup: list[str] = field(default_factory=list)  # shell lines before a job
     sbatch: dict[str, Any] = field(default_factory=dict)  # further options of sbatch by name
 

@@ -28,11 +28,11 @@ class Options:
 
     model: Path = entry.option("a model's or an adapter's folder, with its tokenizer")
     calibrate: str = entry.option(
-        "a share of toxic prompts to refuse, or a run to be as safe as; a calibrated export keeps "
-        "the bias that it has"
+        "a share of toxic prompts to refuse, or a run to be as safe as, or a calibrated export "
+        "whose bias is taken"
     )
-    toxic: list[str] = entry.option("validation prompts; none: the held-out contrasts", [])
-    seemingly_toxic: list[str] = entry.option("the same of the other kind", [])
+    toxic: list[str] = entry.option("toxic validation prompts; none: held-out contrasts", [])
+    seemingly_toxic: list[str] = entry.option("seemingly toxic ones; none: likewise", [])
     root: str | None = entry.option("a local folder with the sets' files", None, key="data.root")
     precision: str = entry.option(
         "of the weights while they answer; auto: what the device does natively",

@@ -3,8 +3,7 @@
 import io
 import tokenize
 from collections.abc import Iterator
-from dataclasses import MISSING as ABSENT
-from dataclasses import Field, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from enum import Enum
 from inspect import getdoc, getsource
 from typing import Any, get_args
@@ -38,9 +37,9 @@ def reference() -> str:
     ]
     shown: set[str] = set()
     for script, schema in SCRIPTS.items():
-        parts += [f"## {script}", *_node("", schema, shown)]
+        parts += [f"## {script}", *_node("", schema(), shown)]
     for name, schema in LAUNCHERS.items():
-        parts += [f"## -m hydra/launcher={name}", *_node("hydra.launcher", schema, shown)]
+        parts += [f"## -m hydra/launcher={name}", *_node("hydra.launcher", schema(), shown)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -51,8 +50,9 @@ def _groups() -> Iterator[tuple[str, str]]:
             yield f"`{folder.name}=`", names
 
 
-def _node(path: str, schema: type, shown: set[str]) -> Iterator[str]:
+def _node(path: str, node: Any, shown: set[str]) -> Iterator[str]:
     """A node: heading, what it is, its settings, the nodes below it; a link where it is `shown`."""
+    schema = type(node)
     anchor = f"{path.replace('.', '-')}-{schema.__name__.lower()}"
     if anchor in shown:
         yield f"[`{path}`](#{anchor}) is that of `train.py`."
@@ -67,14 +67,14 @@ def _node(path: str, schema: type, shown: set[str]) -> Iterator[str]:
         if entry.name.startswith("_"):  # Hydra's own
             continue
         key = f"{path}.{entry.name}" if path else entry.name
-        if is_dataclass(entry.type):
-            below.append((key, entry.type))
+        made = getattr(node, entry.name)
+        if is_dataclass(made):
+            below.append((key, made))
         else:
-            rows.append((f"`{key}`", _type(entry.type), _default(entry), said.get(entry.name, "")))
+            rows.append((f"`{key}`", _type(entry.type), _default(made), said.get(entry.name, "")))
     if rows:
         yield _table(("setting", "type", "default", "meaning"), rows)
     for key, inner in below:
-        assert isinstance(inner, type)
         yield from _node(key, inner, shown)
 
 
@@ -97,8 +97,7 @@ def _type(kind: Any) -> str:
     return names.get(name, "any" if name == "Any" else name)
 
 
-def _default(entry: "Field[Any]") -> str:
-    made = entry.default_factory() if entry.default_factory is not ABSENT else entry.default
+def _default(made: Any) -> str:
     if made == omegaconf.MISSING:
         return "needed"
     if isinstance(made, str) and made.startswith("${"):

@@ -1,11 +1,11 @@
-"""The whole of DCR in one file, for reading: both stages, the baseline and the demo's table.
+"""The paper's DCR in one file, for reading: both stages, the baseline and a table like the demo's.
 
     python examples/dcr_in_one_file.py           # SmolLM2-135M, on a CPU too
     python examples/dcr_in_one_file.py --tiny    # random weights, to see that it runs
 
 Plain torch and transformers, the Circle loss of `dcr.core.losses`, and the corpus that `dcr`
-carries. It leaves out what a real run needs (`make demo`): resuming, devices, other data,
-intervals.
+carries. It leaves out what a real run needs: resuming, devices, other data, intervals, and the
+readout, with which `make demo` shows DCR.
 """
 
 import argparse

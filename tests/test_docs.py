@@ -150,8 +150,10 @@ def test_the_reference_has_a_row_for_every_setting() -> None:
         tree = OmegaConf.to_container(OmegaConf.structured(schema), resolve=False)
         named = {re.sub(r"(parameters)\..*", r"\1", leaf) for leaf in leaves(tree)}
         assert not [key for key in named if f"| `{key}` |" not in rows]
-    told = "in one pass, padding too; others draw other dropout masks"
+    told = "of one pass, with padding; another number draws other dropout masks"
     assert f"| `sft.micro_tokens` | whole number | `2048` | {told} |" in rows
+    own = "| `tracking.entk.prompts` | whole number | `5` | of each kind |"  # not KernelConfig's 25
+    assert own in rows
     assert "| `llm.url` | text | none | its address; null: OpenAI's own |" in rows
 
 

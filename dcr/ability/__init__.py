@@ -9,7 +9,7 @@ from dcr.core.config import not_negative, ranged
 class AbilityConfig:
     """Tasks of the lm-evaluation-harness: ours from `data.root` where it holds them."""
 
-    # Any of the harness's.
+    # Any tasks of the harness.
     tasks: list[str] = field(
         default_factory=lambda: ["mmlu", "arc_easy", "arc_challenge", "openbookqa", "piqa"]
     )

@@ -62,11 +62,11 @@ class KernelConfig:
     # tail:N, trunk:ℓ, all or adapter
     params: list[str] = field(default_factory=lambda: ["tail:2"])
     head: bool = True  # count the head's own matrix
-    normalise: Normalise = Normalise.observer
+    normalise: Normalise = Normalise.observer  # what norms are divided by
     method: KernelMethod = KernelMethod.exact  # exact, or the paper's finite differences
     prompts: int = ranged(25, positive, OF_EACH_KIND)  # of each kind
     self_pairs: bool = False  # count a prompt with itself in the mean of its kind
-    # for the factors of gradients that are held at once
+    # of memory for the factors of gradients that are held at once
     budget_gib: float = ranged(4.0, positive, "give GiB above 0")
 
 
@@ -92,8 +92,8 @@ class ClaimsConfig:
     prompts: int = ranged(10, positive, OF_EACH_KIND)  # observers of each kind
     # tail:N, trunk:ℓ or all; the bare word trunk is trunk:ℓ of the layer
     params: list[str] = field(default_factory=lambda: ["tail:2", "trunk"])
-    # Nats, or of a loss below one nat the share of it, that one step takes off its own pair's loss
-    # to first order.
+    # Nats that one step takes off its own pair's loss, to first order; for a loss below one nat, a
+    # share of it.
     drop: float = ranged(0.02, positive, "give nats above 0")
 
 

@@ -11,8 +11,8 @@ from dcr.core.config.evaluation import EvalConfig, decoding_alone
 
 @dataclass
 class CalibrationConfig:
-    """Prompts that `calibrate` chooses a bias on, and whoever steers a strength: none that is
-    evaluated on, trained on or extracted from."""
+    """Prompts on which `calibrate` chooses a bias, and a user a strength of steering. None of them
+    may be evaluated on, trained on or extracted from."""
 
     toxic: list[str] = field(default_factory=lambda: ["contrasts_toxic_heldout"])
     seemingly_toxic: list[str] = field(

@@ -27,18 +27,18 @@ WEAK = 0.65  # a mean transfer below it is hardly better than guessing
 class Options:
     """python -m dcr.choice model=<name> data=<name> [data.root=<data>] [pairs=<a>:<b>,...]
 
-    Which layer and which pair of sources stage one should use: how well a linear probe that is
-    fitted to them tells toxic from seemingly toxic prompts of another origin.
+    Says which layer and which pair of sources stage one should use: those on which a fitted linear
+    probe best tells toxic from seemingly toxic prompts of another origin.
     """
 
     limit: int = entry.option(f"prompts of each class of a pair, {FEWEST} or more", LIMIT)
     pairs: str | None = entry.option(
-        "other candidates, <seemingly toxic>:<toxic>,... with + between sources of one side; "
-        "'none': the configured pair alone; not given: the usual ones that can be read",
+        "candidates beside the configured pair, <seemingly toxic>:<toxic>,... with + between "
+        "sources of one side; 'none': no others; not given: the usual ones that can be read",
         None,
     )
     tests: str | None = entry.option(
-        "pairs to test on, written alike; not given: the benchmarks that can be read", None
+        "pairs to test on, in the same form; not given: the benchmarks that can be read", None
     )
     out: Path | None = entry.option(
         "a .json file; not given: outputs/choice/<model>-<data>.json", None

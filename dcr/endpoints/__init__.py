@@ -24,7 +24,7 @@ class HTTPConfig:
     concurrency: int = ranged(8, positive, "give the requests under way at once, 1 or more")
     # seconds that an attempt waits for the server
     timeout: float = ranged(60.0, positive, "give seconds above 0")
-    # after a time-out, a dropped connection, 429 or 5xx
+    # further attempts after a time-out, a dropped connection, 429 or 5xx
     retries: int = ranged(6, not_negative, "give 0 or more")
 
 
@@ -34,8 +34,8 @@ class ServerConfig:
 
     url: str | None = None  # its address; null: OpenAI's own
     model: str = MISSING
-    # The environment variable that holds the key, never the key itself. Null: OPENAI_API_KEY for
-    # OpenAI's own server, and none for another.
+    # The environment variable that holds the key, never the key itself; null: OPENAI_API_KEY for
+    # OpenAI's own server, and no key for another.
     key: str | None = None
     # Sent with each request, by the server's own names; null leaves one of the defaults out.
     parameters: dict[str, Any] = field(default_factory=dict)

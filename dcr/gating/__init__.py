@@ -25,10 +25,10 @@ SHUT = -100.0  # logits: with this bias no answer opens with a refusal's first t
 class GatingConfig:
     """The threshold of a gate's refusals, and whether the model behind it refuses as well."""
 
-    # The probability of being toxic above which a prompt is refused; null: the gate's own, or what
-    # `calibrate` chooses.
+    # A prompt is refused above this probability of being toxic; null: the gate's own threshold, or
+    # the one that `calibrate` chooses.
     threshold: float | None = ranged(None, lambda v: 0 <= v <= 1, "give a probability, or null")
-    # The gate alone decides: behind it no answer opens with a refusal's first token.
+    # The gate alone decides: behind it, no answer begins with a refusal's first token.
     alone: bool = True
 
 

@@ -18,23 +18,23 @@ class Options:
     """python -m dcr.label <run folder> ... [count=100] [seed=0]
     python -m dcr.label <run folder> ... read=<csv>[,<csv>]
 
-    Draws answers of evaluated runs for people to label, without telling whose they are, and writes
-    them as a CSV file and as a page that a browser fills in and saves. Reads labelled sheets back,
-    and tells how far annotators agree with each other and with every judge.
+    Draws answers of evaluated runs for people to label, without saying whose they are, and writes
+    them as a CSV file and as a page to label in a browser. With read=, reads labelled sheets back
+    and says how far annotators agree with each other and with every judge.
     """
 
     folders: list[Path] = entry.option(
         "folders of train.py or eval.py that hold an evaluation", [], rest=True
     )
-    count: int = entry.option("answers of the sheet", 100, least=1)
-    seed: int = entry.option("of the draw: another one draws another sheet", 0, least=0)
+    count: int = entry.option("answers on the sheet", 100, least=1)
+    seed: int = entry.option("of the draw; another seed draws another sheet", 0, least=0)
     read: list[str] = entry.option(
-        "labelled sheets, separated by commas; repeatable. The file's name, or its column "
-        "annotator, says whose they are",
+        "labelled sheets, separated by commas; repeatable. A file's name, or its column "
+        "annotator, names the annotator",
         [],
     )
-    partial: bool = entry.option("take a sheet of which some answers have no label", False)
-    replace: bool = entry.option("take labels that differ from the same annotator's before", False)
+    partial: bool = entry.option("accept a sheet on which some answers have no label", False)
+    replace: bool = entry.option("replace an annotator's earlier labels by other ones", False)
 
 
 @entry.command(Options)

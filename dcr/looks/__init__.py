@@ -15,7 +15,7 @@ SUFFIX = "_final"  # of the names of sources that are kept apart
 class FinalConfig:
     """The plan that a look at the rows kept apart needs."""
 
-    plan: str | None = None  # a YAML file with the keys of `Plan`
+    plan: str | None = None  # a YAML file, whose keys docs/evidence.md lists
 
 
 def relations(settings: EvalConfig) -> Iterator[str]:

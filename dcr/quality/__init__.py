@@ -14,8 +14,8 @@ from dcr.steering import SteeringConfig
 class QualityConfig:
     """AlpacaEval: win rate against the answers of a reference run, the STL run of this model."""
 
-    reference: str | None = None  # a run folder
-    source: str = "alpaca_eval"  # the instructions
+    reference: str | None = None  # the STL run's folder
+    source: str = "alpaca_eval"  # of the instructions
 
 
 def relations(settings: EvalConfig) -> Iterator[str]:

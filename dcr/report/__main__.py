@@ -32,12 +32,12 @@ class Options:
         "folders of train.py or eval.py that hold an evaluation", [], rest=True
     )
     table: list[str] = entry.option(
-        f"one of {', '.join(TABLES)}: the paper's beside ours, or answers at equal safety; or your "
-        f"own, as module:Class; as {', '.join(TABLE_ENDINGS)}; repeatable",
+        f"one of {', '.join(TABLES)} (the paper's numbers beside ours, or answers at equal safety),"
+        f" or your own, module:Class; as {', '.join(TABLE_ENDINGS)}; repeatable",
         [],
     )
     figure: list[str] = entry.option(
-        f"one of {', '.join(FIGURES)}, 6 being both of 6a and 6b; or your own, as module:Class; as "
+        f"one of {', '.join(FIGURES)} (6 is 6a and 6b), or your own, module:Class; as "
         f"{', '.join(FIGURE_ENDINGS)} and in the page; repeatable",
         [],
     )

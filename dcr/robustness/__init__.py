@@ -34,8 +34,8 @@ class TuningConfig:
     """Harmless tuning: LoRA on the weights as they are, on rows of `data.normal.source`."""
 
     steps: int = ranged(100, positive, "give steps, 1 or more")  # of the optimiser
-    batch_size: int = ranged(8, positive, "give rows, 1 or more")  # a step
-    lr: float = II("model.sft_lr")  # falls to 0, as Trainer has it
+    batch_size: int = ranged(8, positive, "give rows, 1 or more")  # rows a step
+    lr: float = II("model.sft_lr")  # the highest learning rate; it falls linearly to 0
     # The weight of KeepRefusals in the guarded attacks.
     guard: float = ranged(1.0, not_negative, "give a weight of KeepRefusals, 0 or more")
 
@@ -44,7 +44,7 @@ class TuningConfig:
 class RobustnessConfig:
     """The attacks of tasks=[robustness]."""
 
-    # What is tried; also guarded, and each tuning's _recalibrated.
+    # What is tried. There are also guarded, tuning_recalibrated and guarded_recalibrated.
     attacks: list[str] = field(default_factory=lambda: [*ATTACKS][:7])
     # The most tokens of an opening in each group of prefilled ones.
     lengths: list[int] = field(default_factory=lambda: [5, 10, 20])

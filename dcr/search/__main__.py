@@ -32,7 +32,7 @@ class Options:
     of another origin than the training rows. The same command goes on after a fault or a kill.
     """
 
-    trials: int = entry.option("how many in all, of all workers", 20, least=1)
+    trials: int = entry.option("trials of all workers together", 20, least=1)
     workers: int = entry.option("processes, each one trial at a time", 1, least=1)
     objectives: str = entry.option(f"some of {', '.join(OBJECTIVES)}", "auroc,nll,seconds")
     validation: str | None = entry.option(

@@ -40,7 +40,7 @@ class ScansConfig:
 
     anchors: int = ranged(64, positive, OF_EACH_KIND)  # prompts of each kind
     layers: ScansLayers = ScansLayers.absolute  # which blocks are edited
-    s1: ScansEnd = ScansEnd.user_end  # where the instruction ends that is compared
+    s1: ScansEnd = ScansEnd.user_end  # where the compared instruction ends
     # null: calibrated on anchors held out of extraction
     threshold: float | None = ranged(
         0.75, lambda v: -1 <= v <= 1, "give a cosine in [-1, 1], or null to calibrate it"
@@ -60,7 +60,7 @@ class SurgicalConfig:
     # the most that ablating a candidate may change ordinary answers
     ablation_kl: float = ranged(0.2, positive, DIVERGENCE)
     addition_kl: float = ranged(2.0, positive, DIVERGENCE)  # the same for adding it
-    # Whose probability candidates are chosen by.
+    # First tokens of refusals, by whose probability candidates are chosen.
     refusal_tokens: list[str] = II("model.refusal_tokens")
 
 
@@ -75,16 +75,17 @@ class ProbeConfig:
 
 @dataclass
 class SteeringConfig:
-    """Activation edits in evaluation. Strength is α for SCANS, multiplies Surgical's pair, and is
-    what a log-odds of the probe adds to that of refusing."""
+    """Activation edits in evaluation. Strength is α for SCANS; it multiplies Surgical's pair; for
+    the probe it is what each log-odds of the probe adds to the log-odds of refusing."""
 
     method: str = "none"  # none, scans, surgical, ablation, probe, or package.module:Class
     # 0 leaves the model as it is
     strength: float = ranged(
         1.0, math.isfinite, "give a finite number; 0 leaves the model as it is"
     )
-    released_data: bool = False  # the prompts of the released code, evaluation prompts among them
-    # Ask the prompts of `calibration`, to choose a strength on.
+    # Take the prompts of the released code, which hold evaluation prompts.
+    released_data: bool = False
+    # Ask the prompts of `calibration` instead of the evaluation sets, to choose a strength.
     validation: bool = False
     scans: ScansConfig = field(default_factory=ScansConfig)
     surgical: SurgicalConfig = field(default_factory=SurgicalConfig)

@@ -19,10 +19,11 @@ class Quantity(Enum):
 class TrackingConfig:
     """The quantities to measure while a stage trains, and adapter snapshots to score afterwards.
 
-    Steps: 0, the last, and at least 20 between, denser early, unless `every_n_steps` is given.
+    Quantities are measured at step 0, at the last step and at 20 steps between, denser early,
+    unless `every_n_steps` is given.
     """
 
-    quantities: list[Quantity] = field(default_factory=list)
+    quantities: list[Quantity] = field(default_factory=list)  # what is measured
     every_n_steps: int | None = ranged(None, positive, "give 1 or more, or null")
     snapshots: int = ranged(
         0, not_negative, "give 0 or more"

@@ -181,7 +181,7 @@ class ModelConfig:
     revision: str | None = None  # of a hub model
     trust_remote_code: bool = False  # run code that comes with the weights
     quantization: Quantization = Quantization.none  # nf4: linear layers of the blocks in four bits
-    # The name that the numbers below belong to: naming another model leaves them behind.
+    # The model that the numbers below belong to; for another model.name they are dropped.
     numbers_for: str | None = None
     layer: int | None = None  # the block ℓ of stage one, counted from 1
     epochs: int = 3  # of stage one
@@ -191,13 +191,13 @@ class ModelConfig:
     # Names of projections, or [all-linear].
     lora_targets: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
     scans_alpha: float = 1.0  # SCANS' strength
-    surgical_add: float = 0.1  # of the harmful direction
-    surgical_ablate: float = 0.5  # of the false-refusal direction
-    # Surgical's: first tokens of refusals.
+    surgical_add: float = 0.1  # Surgical's weight of the harmful direction
+    surgical_ablate: float = 0.5  # Surgical's weight of the false-refusal direction
+    # First tokens of refusals, for Surgical.
     refusal_tokens: list[str] = field(default_factory=lambda: ["I", "As"])
     system_prompt: str | None = None  # before every prompt
     template: str | None = None  # llama3, chatml, plain or a .jinja file; null: the model's own
-    # Given to the template, as {reasoning_effort: low}.
+    # Variables for the template, as {reasoning_effort: low}.
     template_variables: dict[str, Any] = field(default_factory=dict)
     # Whether prompts end behind an empty thought; null: where the template opens or shows one.
     close_thoughts: bool | None = None
@@ -210,7 +210,7 @@ class ModelConfig:
 class SourceConfig:
     """Rows of one kind: `source` is a name or path, or a list of them."""
 
-    source: Any = MISSING  # one spelling for a name and a list of names: checked in `resolve`
+    source: Any = MISSING  # a name or path, or a list of them
 
 
 @dataclass
@@ -259,8 +259,8 @@ class DataConfig:
     analysis: SourcesByKind = field(default_factory=SourcesByKind)
     # Share of template groups (pairs of safe and unsafe contrasts) that training never sees.
     group_holdout: float = 0.0
-    validation: float = 0.1  # share of the rows of SFT, beside them, that is only measured on
-    near_duplicate: float = 0.9  # similarity from which two prompts are one, by edit distance
+    validation: float = 0.1  # rows held out of SFT to measure on, as a share of its rows
+    near_duplicate: float = 0.9  # similarity by edit distance from which prompts count as equal
     drop_contaminated: bool = True  # leave out rows too near a prompt that is evaluated on
 
 
@@ -279,21 +279,21 @@ class Moments(Enum):
 
 @dataclass
 class OptimConfig:
-    lr: float = 1e-4
+    lr: float = 1e-4  # learning rate
     weight_decay: float = 0.0
-    clip: float | None = None  # norm that gradients are clipped to; null: not
-    moments: Moments = Moments.full
+    clip: float | None = None  # norm that gradients are clipped to; null: no clipping
+    moments: Moments = Moments.full  # AdamW's, in the weight's own type or in a byte each
 
 
 @dataclass
 class CircleConfig:
-    weights: Weights = Weights.paper  # of pairs: A.8's, or those of the Circle loss paper
+    weights: Weights = Weights.paper  # of pairs: as in A.8, or as in the paper of Circle loss
 
 
 @dataclass
 class NLLConfig:
     weight: float = 0.001  # λ of the term that keeps language
-    # Tokens that it is taken over: the prompts' own, or answers of normal pairs.
+    # Its tokens: the prompts' own, or answers of normal pairs.
     source: NLLSource = NLLSource.prompt_tokens
     general_batch_size: int = 4  # normal pairs a step with source=general
 
@@ -310,23 +310,25 @@ class LoraConfig:
 class ContrastiveConfig:
     """Stage one (Section 5, A.8): full fine-tuning of the blocks up to `layer`."""
 
-    layer: Any = II("model.layer")  # a block, null for `depth`, or auto: see `block_of`
-    depth: float = DEFAULT_RELATIVE_DEPTH  # where `layer` falls when neither model nor user sets it
-    epochs: int = II("model.epochs")
+    # The block ℓ; null: at `depth`; auto: the best by dcr.choice, measured before training.
+    layer: Any = II("model.layer")
+    depth: float = DEFAULT_RELATIVE_DEPTH  # share of the blocks, where `layer` is null
+    epochs: int = II("model.epochs")  # passes over the prompts
     margin: float = 0.25  # of the Circle loss (Eq. 5)
     scale: float = 16.0  # γ of the Circle loss
-    ratio: float | None = 2.0  # null: every toxic row that is left
+    # Toxic prompts for each seemingly toxic one; null: every toxic row that is left.
+    ratio: float | None = 2.0
     draws: int | None = None  # prompts an epoch; null: as many as there are
     batch_size: int = 32  # prompts a step
     sampler: Sampler = Sampler.balanced  # both kinds equally often in a batch, or by their numbers
     # Which state stands for a prompt: of its last token, or the mean.
     pooling: Pooling = Pooling.last
-    train_embeddings: bool | None = None  # null: where they are not tied to the head
+    train_embeddings: bool | None = None  # input embeddings too; null: if not tied to the head
     circle: CircleConfig = field(default_factory=CircleConfig)
     nll: NLLConfig = field(default_factory=NLLConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
-    schedule: Schedule = Schedule.constant
-    precision: Precision = II("precision")
+    schedule: Schedule = Schedule.constant  # of the learning rate
+    precision: Precision = II("precision")  # of this stage
     gradient_checkpointing: bool = False  # less memory for more time
     adapter: Adapter = Adapter.full  # train the blocks' own weights, or a LoRA adapter on them
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -347,9 +349,9 @@ def block_of(config: ContrastiveConfig, depth: int) -> int:
 
 @dataclass
 class ReadoutConfig:
-    """Stage three: SFT's adapter in the last blocks learns on how an answer begins.
+    """Stage three: SFT's adapter in the last blocks is trained on for how an answer begins.
 
-    No part of the paper: see `dcr.core.training.readout`.
+    It is no part of the paper; docs/train.md says what it does.
     """
 
     # Harmless sides of pairs: prompts of one topic and form that differ by intent.
@@ -358,15 +360,15 @@ class ReadoutConfig:
     )
     # Harmful sides of the pairs, of the same topics.
     toxic: list[str] = field(default_factory=lambda: ["contrasts_toxic", "demo_toxic"])
-    steps: int = 0  # 0: no such stage
+    steps: int = 0  # of the stage; 0: no such stage
     heldout: float = 0.1  # share of topics that are only measured on
-    blocks: int = 2  # the last so many
-    batch_size: int = 32
-    lr: float = 1e-3
+    blocks: int = 2  # how many of the last blocks train
+    batch_size: int = 32  # prompts a step
+    lr: float = 1e-3  # the highest learning rate
     weight_decay: float = 0.01
-    drift: float = 1.0  # weight of the KL to the model before the stage on ordinary answers
-    # Weight of the contrast of the margin as well, by which greedy decoding decides: above 0 greedy
-    # answers need no calibration to refuse one kind and answer the other, and rank a little worse.
+    drift: float = 1.0  # weight of the KL, on ordinary answers, to the model before the stage
+    # Weight of a contrast of the margin, by which greedy decoding decides. Above 0, greedy answers
+    # need no calibration to refuse toxic prompts and answer the others, and rank a little worse.
     greedy: float = 0.0
 
 
@@ -374,18 +376,18 @@ class ReadoutConfig:
 class SFTConfig:
     """Stage two, safety-tuned fine-tuning (A.3)."""
 
-    epochs: int = II("model.sft_epochs")
+    epochs: int = II("model.sft_epochs")  # passes over the rows
     batch_size: int = II("model.sft_batch_size")  # rows a step
-    micro_tokens: int = 2048  # in one pass, padding too; others draw other dropout masks
-    lr: float = II("model.sft_lr")
+    micro_tokens: int = 2048  # of one pass, with padding; another number draws other dropout masks
+    lr: float = II("model.sft_lr")  # the highest learning rate
     weight_decay: float = 0.01
-    schedule: Schedule = Schedule.linear
+    schedule: Schedule = Schedule.linear  # of the learning rate
     warmup: float = 0.03  # share of the steps
     max_len: int = 512  # tokens a row; longer ones are cut
     train_on_prompt: bool = False  # learn the prompt's tokens too
-    # What answers end with; auto: the chat's end where the model knows it.
+    # What answers end with; auto: the end of a chat turn if the model knows one.
     terminator: Terminator = Terminator.auto
-    precision: Precision = II("precision")
+    precision: Precision = II("precision")  # of this stage
     gradient_checkpointing: bool = False  # less memory for more time
     lora: LoraConfig = field(default_factory=LoraConfig)
     readout: ReadoutConfig = field(default_factory=ReadoutConfig)
@@ -396,9 +398,9 @@ class TrainerConfig:
     accelerator: str = "auto"  # as Lightning spells it: auto, cpu, gpu, cuda or mps
     devices: int = 1  # of this machine
     num_nodes: int = 1  # machines
-    strategy: str = "auto"
+    strategy: str = "auto"  # auto, ddp or fsdp
     threads: int | None = None  # of torch; null: its own choice
-    checkpoint_every_n_steps: int = 20  # what a kill can cost
+    checkpoint_every_n_steps: int = 20  # the most steps that a kill can cost
     progress: bool = True  # show a bar
 
 
@@ -407,7 +409,7 @@ class WandbConfig:
     mode: WandbMode = WandbMode.offline
     project: str = "dcr"
     entity: str | None = None  # you or a team; null: the account's own
-    group: str | None = None  # null: the sweep
+    group: str | None = None  # of runs; null: the sweep
     tags: list[str] = field(default_factory=list)
 
 
@@ -473,15 +475,16 @@ class TrainConfig(Settings):
 
     table: ClassVar[TrainTable] = TrainTable()
 
-    # What is trained: DCR, SFT alone, or SFT with answers to harmless prompts.
+    # What is trained: DCR, SFT alone (STL), or SFT with answers to seemingly toxic prompts too.
     method: Method = Method.dcr
     stage: Stage = Stage.all  # which of the method's stages
     preset_name: str = "paper"  # set by preset=
     seed: int = 0  # of every draw of rows, batches and weights
-    # Of both stages and their evaluation; auto: what the device does natively.
+    # Of the stages and their evaluation; auto: what the device does natively.
     precision: Precision = Precision.auto
     plan: bool = False  # say what would be done and stop
-    force: bool = False  # begin anew in a folder made with other settings what is not done there
+    # In a folder made with other settings: train anew the stages that are not done.
+    force: bool = False
     # The run folder; null: named after the settings, so that a command finds its own.
     run: str | None = None
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -490,7 +493,7 @@ class TrainConfig(Settings):
     sft: SFTConfig = field(default_factory=SFTConfig)
     stl_aug: AugmentConfig = field(default_factory=AugmentConfig)
     own: dict[str, Any] = field(default_factory=dict)  # settings of a user's own classes, by name
-    # Counts that no one set: where a source has fewer rows, all of them. Commands fill this in.
+    # Counts that nobody set: a source with fewer rows gives all. Commands fill this in.
     at_most: list[str] = field(default_factory=list)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)

@@ -27,19 +27,19 @@ CORE_TASKS, KEYWORD = ("over_refusal", "safety", "discernment"), "keyword"
 
 @dataclass
 class GenConfig:
-    max_new_tokens: Any = 256  # or auto: see `refusal.is_decided`
-    # Self-CD (OverKill, ACL 2024): how much of what a system prompt that stresses safety adds to
-    # the logits is taken away; the released code's weight is 1.5. Null decodes plainly.
+    max_new_tokens: Any = 256  # or auto: each answer ends once XSTest's keywords have decided
+    # Self-CD (OverKill, ACL 2024): the weight at which to subtract what a system prompt that
+    # stresses safety adds to the logits. The released code's is 1.5; null decodes plainly.
     self_cd: float | None = None
-    # AdaCD (arXiv 2604.17132): how much of what a system prompt that asks for a refusal adds to the
-    # logits is, token by token, added or taken away; the released code's ratio is 4.5.
+    # AdaCD (arXiv 2604.17132): the ratio at which to add or subtract, token by token, what a system
+    # prompt that asks for a refusal adds to the logits. The released code's is 4.5.
     adacd: float | None = None
-    # Words put into the model's mouth, a simple jailbreak: answers go on from them, and what is
-    # stored and judged stands behind them.
+    # Words that each answer continues, a simple jailbreak; the text behind them is stored and
+    # judged.
     prefill: str | None = None
-    # The most tokens of a thought before each answer, of a model that thinks; null: none.
+    # For a model that thinks: the most tokens of a thought before each answer; null: no thought.
     thinking: int | None = None
-    batch_size: int | None = None  # null: as many prompts as the free memory holds
+    batch_size: int | None = None  # prompts at once; null: as many as the free memory holds
 
     @property
     def contrast(self) -> dict[str, float]:
@@ -57,10 +57,10 @@ class GenConfig:
 class DeviceConfig:
     """The device that a model is evaluated on."""
 
-    accelerator: str = "auto"
+    accelerator: str = "auto"  # as Lightning spells it: auto, cpu, gpu, cuda or mps
     devices: int = 1  # processes that share the prompts, each with the whole model on a GPU or CPU
-    threads: int | None = None
-    progress: bool = True
+    threads: int | None = None  # of torch; null: its own choice
+    progress: bool = True  # show a bar
 
 
 @dataclass(frozen=True)
@@ -93,19 +93,20 @@ class EvalConfig(Settings):
     run: str | None = None  # the run folder to evaluate
     # Whose weights: contrastive, sft, readout, or all for the last that is done.
     stage: Stage = Stage.all
-    snapshots: bool = False  # score every adapter snapshot of the run, for the frontier
-    steps: list[int] | None = None  # of which snapshots; null: all
+    snapshots: bool = False  # score the run's adapter snapshots, for the frontier over SFT
+    steps: list[int] | None = None  # whose snapshots; null: all
     endpoint: str | None = None  # an OpenAI-compatible server to evaluate instead of a model
     endpoint_model: str | None = None  # its name there
     endpoint_key: str | None = None  # the environment variable that holds the key, if one is needed
-    endpoint_parameters: dict[str, Any] = field(default_factory=dict)  # null leaves one of ours out
-    # What is measured. A user's own by its path, package.module:Class.
+    # Sent with each request; null leaves one of ours out.
+    endpoint_parameters: dict[str, Any] = field(default_factory=dict)
+    # What is measured; your own task is named by its path, package.module:Class.
     tasks: list[str] = field(default_factory=lambda: ["over_refusal", "safety"])
-    # Who says whether an answer refuses or harms. A user's own is named as a task's is.
+    # Who says whether an answer refuses or harms; your own is named by its path as well.
     judge: list[str] = field(default_factory=lambda: ["keyword"])
     limit: int | None = None  # prompts a set, drawn by seed; null: all
-    # A bias on the first token of refusals, so that answers refuse this share of toxic prompts, or
-    # the share that the run in this folder refuses; or the bias of the export in this folder.
+    # Puts a bias on the first token of refusals. A share: refuse this share of toxic prompts; a run
+    # folder: refuse as large a share as that run; a calibrated export: take its bias.
     calibrate: str | None = None
     seed: int = 0  # of every draw
     output: str = "outputs/base"  # the folder for a model or an endpoint, which have no run
