@@ -6,6 +6,7 @@ until the longest answer ends.
 """
 
 import inspect
+import itertools
 import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -170,8 +171,13 @@ def check_context(policy: Policy, encoded: Sequence[Encoded], new_tokens: int) -
 
 def completion(chat: ChatFormat, row: Example, answer: Sequence[int], mass: float) -> Completion:
     """The record of an answer's token ids; tokens behind an end token do not count."""
-    end = next((i for i, token in enumerate(answer) if token in chat.stop), len(answer))
-    return Completion(row.id, row.prompt, text(chat, answer), end, end < len(answer), mass)
+    tokens = len(_unended(chat, answer))
+    return Completion(row.id, row.prompt, text(chat, answer), tokens, tokens < len(answer), mass)
+
+
+def _unended(chat: ChatFormat, answer: Sequence[int]) -> list[int]:
+    """The tokens of an answer before its end token."""
+    return list(itertools.takewhile(lambda token: token not in chat.stop, answer))
 
 
 def text(chat: ChatFormat, answer: Sequence[int]) -> str:
@@ -179,11 +185,10 @@ def text(chat: ChatFormat, answer: Sequence[int]) -> str:
 
     It is empty where a thought does not end.
     """
-    end = next((i for i, token in enumerate(answer) if token in chat.stop), len(answer))
-    words = chat.tokenizer.decode(list(answer[:end]), skip_special_tokens=True)
-    assert isinstance(words, str)
+    said = _unended(chat, answer)
+    words = str(chat.tokenizer.decode(said, skip_special_tokens=True))
     if chat.marks:  # which may be special tokens
-        spelled = str(chat.tokenizer.decode(list(answer[:end]), skip_special_tokens=False))
+        spelled = str(chat.tokenizer.decode(said, skip_special_tokens=False))
         if (behind := thoughts.answer_in(spelled, chat.marks)) != spelled:
             words = behind
             for token in special_tokens(chat.tokenizer):

@@ -154,17 +154,15 @@ class SafetyData(LightningDataModule):
         if self.trainer is not None:
             self.sampler.start = self.trainer.global_step
         if self.stage is Stage.readout:
-            drawn, collate = range(len(self.readout.pairs)), self._collate_readout
+            drawn: Any = range(len(self.readout.pairs))
         else:
             rows, trainer = self.rows, self.trainer
             if trainer is not None:
                 rows.rank, rows.world = trainer.global_rank, trainer.world_size
                 rows.sharded = isinstance(trainer.strategy, ModelParallelStrategy)
-            prompts = self.stage is Stage.contrastive
-            drawn = rows.prompts if prompts else rows.pairs
-            collate = self._collate_prompts if prompts else self._collate_pairs
-        loaded: Any = drawn  # what has a length and items is a dataset to torch
-        return DataLoader(loaded, batch_sampler=self.sampler, collate_fn=collate)
+            drawn = rows.prompts if self.stage is Stage.contrastive else rows.pairs
+        # what has a length and items is a dataset to torch
+        return DataLoader(drawn, batch_sampler=self.sampler, collate_fn=self.step)
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         if self.stage is Stage.readout:
@@ -186,13 +184,11 @@ class SafetyData(LightningDataModule):
     def _of_readout(self, number: int) -> ReadoutBatch:
         return readout_batch(self.readout.batches[number], number)
 
-    def _collate_pairs(self, rows: list[PairRow]) -> list[PairBatch]:
-        return [pair_batch(group, self.rows.pad) for group in self.rows.sft_step(rows)]
-
-    def _collate_prompts(self, rows: list[PromptRow]) -> PromptBatch:
-        mine, general = self.rows.contrastive_step(rows)
+    def step(self, drawn: list[Any]) -> PromptBatch | list[PairBatch] | list[ReadoutBatch]:
+        """The batches of a step: of its drawn rows, or of the place that the readout takes."""
+        if self.stage is Stage.readout:
+            return [self._of_readout(number) for number in self.readout.of_step(*drawn)]
+        if self.stage is Stage.sft:
+            return [pair_batch(group, self.rows.pad) for group in self.rows.sft_step(drawn)]
+        mine, general = self.rows.contrastive_step(drawn)
         return prompt_batch(mine, self.rows.pad, general)
-
-    def _collate_readout(self, places: list[int]) -> list[ReadoutBatch]:
-        (place,) = places
-        return [self._of_readout(number) for number in self.readout.of_step(place)]

@@ -81,15 +81,16 @@ def balanced_draws(labels: Sequence[int], draws: int, generator: "Generator") ->
     return torch.multinomial(weights, draws, replacement=True, generator=generator).tolist()
 
 
-def proportional_draws(labels: Sequence[int], draws: int, generator: "Generator") -> list[int]:
-    """Every row once in random order, again and again: classes come up as often as they are."""
-    rounds = math.ceil(draws / len(labels))
-    return [row for _ in range(rounds) for row in permutation(len(labels), generator)][:draws]
+def in_rounds(count: int, draws: int, generator: "Generator") -> list[int]:
+    """So many draws of the numbers below `count`: each once in drawn order, again and again."""
+    rounds = math.ceil(draws / count)
+    return [each for _ in range(rounds) for each in permutation(count, generator)][:draws]
 
 
 DRAWS = {
     Sampler.balanced: balanced_draws,
-    Sampler.proportional: proportional_draws,
+    # classes come up as often as they are
+    Sampler.proportional: lambda labels, *drawn: in_rounds(len(labels), *drawn),
 }
 
 
@@ -285,11 +286,9 @@ class StageRows:
         general = [self.general[place] for place in chosen]
         return mine, list(share(general, self.rank, self.world)) or _unlearnt(general)
 
-    def heldout_passes(self) -> Iterator[Sequence[PromptRow | PairRow]]:
+    def heldout_passes(self) -> list[Sequence[Any]]:
         """Held-out rows by length, as many at once as a validation pass takes."""
-        ordered = sorted(self.heldout, key=lambda row: len(row.ids))
-        for first in range(0, len(ordered), HELD_OUT_BATCH):
-            yield ordered[first : first + HELD_OUT_BATCH]
+        return _parted(_by_length(self.heldout), HELD_OUT_BATCH)
 
 
 def _unlearnt(rows: Sequence[PairRow]) -> list[PairRow]:
@@ -384,10 +383,8 @@ def readout_rows(chat: ChatFormat, rows: Splits, config: SFTConfig, seed: int) -
     pairs = _parted(learnt, phase.batch_size)
     general = _general(chat, rows, config, len(pairs), drawing)
     answers = _answers(chat, rows.normal_heldout, HELD_OUT_ROWS, config.max_len, drawing)
-    rounds = math.ceil(phase.steps / len(pairs))
-    steps = [place for _ in range(rounds) for place in permutation(len(pairs), drawing)]
     return ReadoutRows(
-        steps=steps[: phase.steps],
+        steps=in_rounds(len(pairs), phase.steps, drawing),
         pairs=pairs,
         general=general,
         watched=_parted(_by_length(watched), phase.batch_size),
@@ -474,17 +471,15 @@ def _alternating(
     In batches of one kind, or of one length, nearly nothing is learnt in as many steps.
     """
     count = max(len(toxic), len(safe))
-    drawn = []
-    for rows in (toxic, safe):
-        rounds = math.ceil(count / len(rows))
-        order = [place for _ in range(rounds) for place in permutation(len(rows), drawing)]
-        drawn.append([rows[place] for place in order[:count]])
+    drawn = [
+        [rows[place] for place in in_rounds(len(rows), count, drawing)] for rows in (toxic, safe)
+    ]
     return [row for both in zip(*drawn, strict=True) for row in both]
 
 
-def _by_length(rows: Sequence[ReadoutRow]) -> list[ReadoutRow]:
+def _by_length(rows: Sequence[Any]) -> list[Any]:
     return [rows[place] for place in machine.by_length([row.ids for row in rows])]
 
 
-def _parted(rows: Sequence[ReadoutRow], size: int) -> list[Sequence[ReadoutRow]]:
+def _parted(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:
     return [rows[start : start + size] for start in range(0, len(rows), size)]

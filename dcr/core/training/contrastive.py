@@ -41,9 +41,8 @@ class KMeansAccuracy(Metric):
 
     full_state_update = False
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self) -> None:
         super().__init__(sync_on_compute=False)  # every rank validates on all held-out rows
-        self.seed = seed
         self.features: list[Tensor]
         self.labels: list[Tensor]
         self.add_state("features", default=[], dist_reduce_fx="cat")
@@ -55,7 +54,7 @@ class KMeansAccuracy(Metric):
 
     def compute(self) -> Tensor:
         features, labels = dim_zero_cat(self.features), dim_zero_cat(self.labels)
-        return torch.tensor(losses.kmeans_accuracy(features.cpu(), labels.cpu(), seed=self.seed))
+        return torch.tensor(losses.kmeans_accuracy(features.cpu(), labels.cpu()))
 
 
 class PairMetrics(torch.nn.ModuleDict):

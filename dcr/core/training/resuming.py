@@ -204,7 +204,7 @@ class ResumableModule(LightningModule):
     def checked(self, loss: Tensor, rows: tuple[str, ...]) -> Tensor:
         """The loss itself. Raises TrainingError with step and rows if it is not finite.
 
-        Of several ranks none stops alone, for which the others would wait: `check_gradients` does.
+        Of several ranks none stops alone, for which the others would wait: all do before the step.
         """
         if not torch.isfinite(loss):
             if self.training and ranks() > 1:
@@ -213,7 +213,7 @@ class ResumableModule(LightningModule):
             self._stop(f"loss is {loss.item()}", rows)
         return loss
 
-    def check_gradients(self) -> None:
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Raises TrainingError, on every rank, before what is not finite reaches a weight."""
         grads = [p.grad for p in self.parameters() if p.grad is not None]
         norm = structure.whole(torch.nn.utils.get_total_norm(grads)) if grads else torch.zeros(())
@@ -230,9 +230,6 @@ class ResumableModule(LightningModule):
             f"{what} {self._where(rows)}: lower the learning rate, or look at these rows; the last "
             "checkpoint is kept"
         )
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self.check_gradients()
 
 
 SHAPES: dict[Schedule, Callable[[float], float]] = {
