@@ -7,12 +7,13 @@ A user's error is one line on stderr and exit code 2, a signal one line and 128 
 import argparse
 import functools
 import hashlib
+import json
 import logging
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -50,6 +51,8 @@ from dcr.ending import (
     stopped_by,
 )
 
+log = logging.getLogger(__name__)
+
 Settings = TypeVar("Settings", bound=EvalConfig)
 
 # Options of Hydra's that take settings from elsewhere, and with them code to run.
@@ -59,6 +62,10 @@ REFUSED_OPTIONS = {
     "config_path": "its files could name code to run, as Hydra's callbacks",
     "config_name": "each script has one of its own",
 }
+# Fields that belong to the name, and so stay when another model is named.
+WITH_ANY_NAME = ("name", "revision", "trust_remote_code", "quantization")
+# Entries of `config.json` that make two models one architecture.
+SHAPE = ("model_type", "num_hidden_layers", "hidden_size", "vocab_size")
 
 
 def prepare() -> None:
@@ -106,7 +113,7 @@ def _run_folder(parent: str = "", *, _root_: DictConfig) -> str:
     settings = runs.binding({str(k): v for k, v in plain.items() if k != "hydra"})
     model = _root_.model
     given = "label" in _fields_of_model(_overrides(_root_.hydra))
-    of_another = resolving.names_another_model(model) and not given
+    of_another = names_another_model(model) and not given
     label = label_of(str((not of_another and model.get("label")) or model.name))
     method = getattr(_root_.method, "name", _root_.method)
     name = f"{label}-{method}-{storage.fingerprint(settings)}"
@@ -128,12 +135,69 @@ def _fields_of_model(overrides: Sequence[str]) -> list[str]:
 
 def _give_way(composed: DictConfig, overrides: Sequence[str]) -> None:
     """Change what depends on which settings the command names: the others give way to them."""
-    resolving.leave_numbers_of_another_model(composed, _fields_of_model(overrides))
+    leave_numbers_of_another_model(composed, _fields_of_model(overrides))
     given = {override.lstrip("+~").split("=")[0] for override in overrides}
     if "at_most" in composed and "at_most" not in given:
         composed.at_most = [
             key for key in config.COUNTS if not {key, key.rpartition(".")[0]} & given
         ]
+
+
+def names_another_model(model: DictConfig) -> bool:
+    """Whether `model.name` is another model's than the one the other numbers were set for."""
+    return model.get("numbers_for") not in (None, model.get("name"))
+
+
+def leave_numbers_of_another_model(config: DictConfig, keep: Collection[str] = ()) -> None:
+    """Put defaults in `config.model` where a file set them for another model than the one named.
+
+    A local folder of the same architecture keeps them all: it is a copy, or trained from one. What
+    is left behind is logged in one line. `keep` names the fields that the user set for this model.
+    Changes `config`; once is enough.
+    """
+    model = config.model
+    if not names_another_model(model):
+        return
+    name = str(model.name)
+    written: Any = OmegaConf.to_container(model, resolve=False)  # as text that is resolved once
+    kept: dict[str, Any] = {key: written[key] for key in (*WITH_ANY_NAME, *keep) if key in model}
+    label = kept.get("label") or label_of(name)
+    unlike = _unlike(model, name)
+    if unlike is None:
+        model.numbers_for, model.label = name, label
+        if "architecture" not in keep:
+            model.architecture = None  # the folder's own says more, such as its context
+        return
+    plain = ModelConfig(name=name)
+    left = [
+        f"{key}={getattr(value, 'value', value)}"
+        for key, value in model.items()
+        if key not in {*kept, "label", "numbers_for", "architecture"}
+        and value != getattr(plain, str(key))
+    ]
+    if left:
+        log.warning(
+            "model.name=%s: %s, so what was set for %s is left behind: %s (model.<key>= sets one)",
+            name,
+            unlike,
+            model.numbers_for,
+            " ".join(left),
+        )
+    config.model = OmegaConf.structured(ModelConfig(**{**kept, "label": label}))
+
+
+def _unlike(model: DictConfig, name: str) -> str | None:
+    """The reason why the folder `name` is no copy of the model's architecture; None if it is."""
+    try:
+        read = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))
+        shape = {key: (read.get("text_config") or read).get(key) for key in SHAPE}
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return "no folder with a config.json to compare"
+    for key in SHAPE:
+        wanted = (model.get("architecture") or {}).get(key)
+        if wanted is None or shape[key] != wanted:
+            return f"its {key} is {shape[key]}, not {wanted}"
+    return None
 
 
 @dataclass(frozen=True)

@@ -223,7 +223,7 @@ def notices_once() -> Iterator[None]:
         message = record.getMessage()
         return not (message in seen or seen.add(message))
 
-    notices = logging.getLogger(resolving.leave_numbers_of_another_model.__module__)
+    notices = logging.getLogger(cli.leave_numbers_of_another_model.__module__)
     notices.addFilter(new)
     try:
         yield

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from dcr import cli
 from dcr.core import config, models
 from dcr.core.config import (
     ConfigError,
@@ -174,9 +175,8 @@ def test_numbers_left_behind_are_named_in_one_line(
 def test_what_the_user_sets_survives_another_model() -> None:
     found = train_config("model.name=other", "dcr.layer=5", "sft.lr=3e-4", "sft.lora.targets=[x]")
     assert (found.dcr.layer, found.sft.lr, found.sft.lora.targets) == (5, 3e-4, ["x"])
-    node = composed("train", "model.name=other", "model.template=llama3", "model.sft_epochs=7")
-    resolving.leave_numbers_of_another_model(node, ["name", "template", "sft_epochs"])
-    found = resolving.resolve(node, TrainSettings)
+    told = ["model.name=other", "model.template=llama3", "model.sft_epochs=7"]
+    found = resolving.resolve(cli.compose("train", told), TrainSettings)
     assert (found.model.template, found.sft.epochs, found.dcr.layer) == ("llama3", 7, None)
 
 

@@ -94,7 +94,9 @@ def composed(script: str, *overrides: str, hydra: bool = False) -> DictConfig:
     """What Hydra makes of a command line."""
     cli.prepare()
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        return compose(script, list(overrides), return_hydra_config=hydra)
+        made = compose(script, list(overrides), return_hydra_config=hydra)
+    cli.leave_numbers_of_another_model(made)
+    return made
 
 
 def settings(folder: Path, *more: str) -> TrainConfig:

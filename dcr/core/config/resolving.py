@@ -1,12 +1,9 @@
 """Makes checked dataclasses of what Hydra composed, once, and one line of what is refused."""
 
-import json
-import logging
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import Field, fields, is_dataclass, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
@@ -36,16 +33,10 @@ from dcr.core.config import (
     positive,
     stages_of,
 )
-from dcr.core.text import label_of, nearest
+from dcr.core.text import nearest
 from dcr.core.thoughts import SWITCHES
 
-log = logging.getLogger(__name__)
-
 Node = TypeVar("Node", bound=Settings)
-# Fields that belong to the name, and so stay when another model is named.
-WITH_ANY_NAME = ("name", "revision", "trust_remote_code", "quantization")
-# Entries of `config.json` that make two models one architecture.
-SHAPE = ("model_type", "num_hidden_layers", "hidden_size", "vocab_size")
 
 
 def resolve(
@@ -67,7 +58,6 @@ def resolve(
         # a merge would keep the default and say nothing
         raise ConfigError(f"{key}=???: it needs a value")
     try:
-        leave_numbers_of_another_model(node)
         merged = OmegaConf.merge(OmegaConf.structured(schema), node)
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
@@ -162,63 +152,6 @@ def source_names(value: object, key: str) -> list[str]:
     if isinstance(names, (list, ListConfig)) and names and all(isinstance(n, str) for n in names):
         return [str(name) for name in names]
     raise ConfigError(f"{key}={value}: give a source's name, a JSONL path, or a list of them")
-
-
-def names_another_model(model: DictConfig) -> bool:
-    """Whether `model.name` is another model's than the one the other numbers were set for."""
-    return model.get("numbers_for") not in (None, model.get("name"))
-
-
-def leave_numbers_of_another_model(config: DictConfig, keep: Collection[str] = ()) -> None:
-    """Put defaults in `config.model` where a file set them for another model than the one named.
-
-    A local folder of the same architecture keeps them all: it is a copy, or trained from one. What
-    is left behind is logged in one line. `keep` names the fields that the user set for this model.
-    Changes `config`; once is enough.
-    """
-    model = config.model
-    if not names_another_model(model):
-        return
-    name = str(model.name)
-    written: Any = OmegaConf.to_container(model, resolve=False)  # as text that is resolved once
-    kept: dict[str, Any] = {key: written[key] for key in (*WITH_ANY_NAME, *keep) if key in model}
-    label = kept.get("label") or label_of(name)
-    unlike = _unlike(model, name)
-    if unlike is None:
-        model.numbers_for, model.label = name, label
-        if "architecture" not in keep:
-            model.architecture = None  # the folder's own says more, such as its context
-        return
-    plain = ModelConfig(name=name)
-    left = [
-        f"{key}={getattr(value, 'value', value)}"
-        for key, value in model.items()
-        if key not in {*kept, "label", "numbers_for", "architecture"}
-        and value != getattr(plain, str(key))
-    ]
-    if left:
-        log.warning(
-            "model.name=%s: %s, so what was set for %s is left behind: %s (model.<key>= sets one)",
-            name,
-            unlike,
-            model.numbers_for,
-            " ".join(left),
-        )
-    config.model = OmegaConf.structured(ModelConfig(**{**kept, "label": label}))
-
-
-def _unlike(model: DictConfig, name: str) -> str | None:
-    """The reason why the folder `name` is no copy of the model's architecture; None if it is."""
-    try:
-        read = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))
-        shape = {key: (read.get("text_config") or read).get(key) for key in SHAPE}
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return "no folder with a config.json to compare"
-    for key in SHAPE:
-        wanted = (model.get("architecture") or {}).get(key)
-        if wanted is None or shape[key] != wanted:
-            return f"its {key} is {shape[key]}, not {wanted}"
-    return None
 
 
 # --- checks: a range for every number, and the relations between settings ---
