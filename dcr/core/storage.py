@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -207,15 +207,8 @@ def _as_lines(rows: Iterable[object]) -> bytes:
     return text.encode("utf-8", "replace")  # servers can send lone surrogates
 
 
-class Named(Protocol):
-    """A record of a prompt or an answer."""
-
-    @property
-    def id(self) -> str: ...
-
-
-def put_in_order(path: Path, schema: type[Named], ids: Sequence[str]) -> None:
-    """Orders a file of JSON lines as `ids`, with other lines behind in their old order.
+def put_in_order(path: Path, schema: type[Any], ids: Sequence[str]) -> None:
+    """Orders a file of JSON lines by their `id` as `ids`, others behind in their old order.
 
     Raises DataError as `read_lines` does, and UserError if the file cannot be written.
     """
