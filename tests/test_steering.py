@@ -1,12 +1,15 @@
 """Steering against loops over single prompts, and on a model in which a direction was planted."""
 
+import inspect
 import itertools
 import json
 import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,9 +18,11 @@ from torch import Tensor
 from dcr.activations import Site
 from dcr.core import passes
 from dcr.core.config import ConfigError, DataConfig, EvaluationSets, Kind, SourcesByKind, UserError
+from dcr.core.evaluation.protocols import Change
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
 from dcr.core.sources import Example
+from dcr.extensions import EvalSettings
 from dcr.steering import (
     ScansConfig,
     ScansEnd,
@@ -492,3 +497,14 @@ def test_evaluations_that_differ_in_any_setting_are_told_apart() -> None:
     scans = SteeringConfig(method="scans", strength=2.0)
     assert steering.summary(scans) != steering.summary(replace(scans, strength=3.0))
     assert steering.summary(scans)["layers"] == "absolute"
+
+
+def test_every_hook_of_a_users_own_edit_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, users = EvalSettings(), Mock(spec=Change)
+    monkeypatch.setattr(steering.Own, "part", lambda *_: users)
+    hooks = {name for name in vars(Change) if not name.startswith("_")}
+    for hook in hooks - {"recorded", "identity", "measured"}:
+        of, *more = list(inspect.signature(getattr(Change, hook)).parameters)[1:]
+        given = settings if of == "settings" else SimpleNamespace(settings=settings)
+        getattr(steering.Own(), hook)(given, *more)
+        getattr(users, hook).assert_called_once_with(given, *more)

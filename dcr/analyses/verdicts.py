@@ -420,9 +420,9 @@ def _one_step(name: str, evaluation: Evaluation) -> Iterator[ClaimRow]:
     after = f"after one step on each of {len(block.trained)} toxic prompts the "
     for claim, part, key, quantity in ONE_STEP_STATISTICS:
         for params, own in block.params.items():
-            measured, of_states = finite(getattr(getattr(own, part), key)), part == "states"
+            measured, of_states = finite(getattr(own, part).get(key)), part == "states"
             if measured and (params.startswith("trunk") or not of_states):
-                slope = finite(own.prediction.slope) if claim == "signed_change" else None
+                slope = finite(own.prediction.get("slope")) if claim == "signed_change" else None
                 beside, what = slope and ("slope", slope), ("" if of_states else after) + quantity
                 yield ClaimRow(claim, what, measured, *about_step, params, source, True, beside)
     seeming, normal = (finite(block.change.get(kind)) for kind in (SEEMING, NORMAL))

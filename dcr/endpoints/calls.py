@@ -101,10 +101,8 @@ def _arrivals(
         return
     waiting = iter(range(requests))
     under_way: dict[Future[Answer | Failure], int] = {}
-    unanswered, end = (
-        0,
-        None,
-    )  # the last requests in a row without an answer; the error that ends all
+    unanswered = 0  # the last requests in a row
+    end: EndpointError | None = None  # which every request would meet
     with _connected(server, http) as (portal, client):
         try:
             while True:

@@ -184,26 +184,24 @@ class JudgeTable(Judges):
             asked = {b.name: answers[b.name] for b in sets if b.kind in judging.kinds}
             verdicts = judge(name, settings, asked, folder, settings.trainer.progress)
             said[told] = verdicts
-            if is_path(name):
-                made = {"model": name, "own": judging.identity(settings)}
-                for of, rows in verdicts.items():
-                    counted[of][told] = made | own_counts(rows, judging.labels)
-                continue
-            if name == "outcome":
-                for of, rows in verdicts.items():
-                    counted[of][told] = outcome_counts(rows)
-                continue
             node = node_of(name, settings)
+            made = {"model": name, "own": judging.identity(settings)} if is_path(name) else {}
             for of, rows in verdicts.items():
-                counted[of][told] = counts(rows, node.model, judging.labels)
-            spent[told] = usage(chain.from_iterable(verdicts.values()), node)
+                if node:
+                    counted[of][told] = counts(rows, node.model, judging.labels)
+                elif made:
+                    counted[of][told] = made | own_counts(rows, judging.labels)
+                else:
+                    counted[of][told] = outcome_counts(rows)
+            if node:
+                spent[told] = usage(chain.from_iterable(verdicts.values()), node)
         agreement = agreements({b.name: b.kind for b in sets}, said)
         return Judged(counted, {"agreement": agreement, "usage": spent})
 
 
-def node_of(name: str, settings: EvalConfig) -> ServerConfig | GuardConfig:
-    """The judge's settings: the model, as the user named it, and its server or folder."""
-    return getattr(settings, name)
+def node_of(name: str, settings: EvalConfig) -> ServerConfig | GuardConfig | None:
+    """The model that judges, with its server or folder; None for rules and for a user's own."""
+    return getattr(settings, name, None)
 
 
 def judge(
@@ -309,19 +307,17 @@ def _announce(name: str, settings: EvalConfig, waiting: Sequence[Completion], to
     if not waiting:
         print(f"{class_of(name)}: {total:,} verdicts, all stored")
         return
+    node = node_of(name, settings)
     line = f"{class_of(name)}: {total - len(waiting):,} verdicts stored, {len(waiting):,} to ask"
-    if is_path(name) or name == "outcome":
-        print(f"{line} of {name}")
-        return
-    characters, node = JUDGES[name].characters, node_of(name, settings)
-    if characters is None or not isinstance(node, ServerConfig):
-        print(f"{line} of {node.model}")
+    line += f" of {node.model if node else name}"
+    if not isinstance(node, ServerConfig) or not (characters := JUDGES[name].characters):
+        print(line)
         return
     prompt = characters(settings, waiting) // CHARACTERS_PER_TOKEN
     limits = [n for key in COMPLETION_LIMITS if isinstance(n := node.parameters.get(key), int)]
     completion = len(waiting) * max(limits, default=0)
     print(
-        f"{line} of {node.model}: about {prompt:,} tokens in"
+        f"{line}: about {prompt:,} tokens in"
         f"{f' and at most {completion:,} out' if completion else ''}"
         f"{usd(servers.spend(node, prompt, completion))}"
     )
@@ -329,9 +325,9 @@ def _announce(name: str, settings: EvalConfig, waiting: Sequence[Completion], to
 
 def _account(name: str, settings: EvalConfig, new: Sequence[Verdict]) -> None:
     """Prints the number of new verdicts, and their requests, tokens and cost."""
-    if not new or is_path(name) or name == "outcome":
+    if not new or not (node := node_of(name, settings)):
         return
-    spent = usage(new, node_of(name, settings))
+    spent = usage(new, node)
     by_status = Counter(verdict.status for verdict in new)
     print(
         f"{name}: {by_status['ok']:,} verdicts, {by_status['invalid']:,} invalid, "

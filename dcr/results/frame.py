@@ -306,7 +306,7 @@ def _analyses(metrics: Metrics) -> Iterator[TidyRow]:
     if claims := metrics.claims:
         for params, parts in claims.params.items():
             for block in ("norm", "prediction", "states"):
-                for key, cell in dict(getattr(parts, block)).items():
+                for key, cell in getattr(parts, block).items():
                     if cell is not None:
                         yield _estimate(f"claims/{block}/{key}", cell, set=params)
         for kind, cell in claims.change.items():

@@ -285,25 +285,15 @@ class Separability(Record):
         return self
 
 
-class StepNorm(Record):
-    within: Estimate | None = None
-    pooled: Estimate | None = None
-
-
-class StepPrediction(Record):
-    pearson: Estimate | None = None
-    slope: Estimate | None = None
-
-
-class StepStates(Record):
-    dot: Estimate | None = None
-    cosine: Estimate | None = None
+Statistics = dict[str, Estimate | None]  # None where it is undefined
 
 
 class OneStepParams(Record):
-    norm: StepNorm = StepNorm()
-    prediction: StepPrediction = StepPrediction()
-    states: StepStates = StepStates()
+    """How the kernel over some parameters agrees with the changes, and with the states."""
+
+    norm: Statistics = {}  # within, pooled
+    prediction: Statistics = {}  # pearson, slope
+    states: Statistics = {}  # dot, cosine
 
 
 class OneStep(Record):

@@ -1,5 +1,6 @@
 """Edits of the residual stream as data, and the one context manager that applies them."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -62,7 +63,7 @@ def edited(model: Any, edits: Edits | Plan) -> Iterator[None]:
     """
     if callable(edits) and per_row(model):
         raise ValueError("a plan's own passes would be edited as rows of another batch")
-    session = _Session(model, edits if callable(edits) else None)
+    session = _Session(model, edits if callable(edits) else None, per_row=callable(edits))
     try:
         if not callable(edits):
             session.install(edits)
@@ -82,14 +83,11 @@ class _Session:
 
     model: Any
     plan: Plan | None
-    per_row: bool = False
+    per_row: bool
     prefill: bool = True
     planning: bool = False
     opened: RemovableHandle | None = None
     handles: list[RemovableHandle] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.per_row = self.plan is not None
 
     def __call__(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.planning:
@@ -126,11 +124,11 @@ class _Session:
                 self.per_row = True
             elif edit.scale == 0:
                 continue
-            change = self._change(_placed(self.model, edit))
+            change = functools.partial(self._changed, _placed(self.model, edit))
             self.handles.append(hook(self.model, edit.site, edit.block, change))
 
-    def _change(self, edit: Edit) -> Callable[[Tensor], Tensor]:
-        return lambda hidden: _applied(edit, hidden, self.prefill)
+    def _changed(self, edit: Edit, hidden: Tensor) -> Tensor:
+        return _applied(edit, hidden, self.prefill)
 
     def uninstall(self) -> None:
         while self.handles:

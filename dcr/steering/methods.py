@@ -5,7 +5,7 @@ lm-evaluation-harness then run under it unaware.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
@@ -19,7 +19,6 @@ from dcr.core.data import overlaps
 from dcr.core.evaluation.protocols import Change
 from dcr.core.evaluation.sets import PromptSet
 from dcr.core.evaluation.subjects import Local
-from dcr.core.generation import Decoding
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat, chat_format
 from dcr.core.runs import Run
@@ -205,16 +204,16 @@ class Steering(Change):
 
 
 class Own(Change):
-    """A user's own edit, named by its path as the method, unless its strength is 0."""
+    """A user's own edit, named by its path as the method, unless its strength is 0.
+
+    Every hook is the user's but `measured`, which is told no settings that name the edit.
+    """
 
     def part(self, settings: EvalConfig) -> Change:
         """The user's, or one that changes nothing."""
         steering = settings.node(SteeringConfig)
         own = extending.made(steering.method, Change, "steering.method")
         return own if steering.strength != 0 else Change()
-
-    def check(self, settings: EvalConfig, run: Run) -> None:
-        self.part(settings).check(settings, run)
 
     def recorded(self, settings: EvalConfig) -> dict[str, Any]:
         own, strength = self.part(settings), settings.node(SteeringConfig).strength
@@ -226,17 +225,15 @@ class Own(Change):
     def identity(self, subject: Local) -> dict[str, object]:
         return self.part(subject.settings).identity(subject) | self.recorded(subject.settings)
 
-    def prepared(self, subject: Local) -> dict[str, Any]:
-        return self.part(subject.settings).prepared(subject)
 
-    def around(self, subject: Local, policy: Policy) -> AbstractContextManager[Any]:
-        return self.part(subject.settings).around(subject, policy)
+def _handed_on(hook: str) -> Callable[..., Any]:
+    def called(self: Own, of: Any, *more: Any) -> Any:
+        settings = of if isinstance(of, EvalConfig) else of.settings  # of a subject
+        return getattr(self.part(settings), hook)(of, *more)
 
-    def decoding(self, settings: EvalConfig) -> Decoding | None:
-        return self.part(settings).decoding(settings)
+    return called
 
-    def prompts(self, settings: EvalConfig) -> list[PromptSet] | None:
-        return self.part(settings).prompts(settings)
 
-    def made_from(self, settings: EvalConfig, sets: Sequence[PromptSet]) -> dict[str, int]:
-        return self.part(settings).made_from(settings, sets)
+for _hook in ("check", "prepared", "around", "decoding", "chat", "before", "answering", "masses",
+              "prompts", "made_from"):  # fmt: skip
+    setattr(Own, _hook, _handed_on(_hook))
