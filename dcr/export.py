@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 import yaml
 
 from dcr import entry, gating, robustness
@@ -356,6 +355,8 @@ def model_card(run: Run, stage: str, made_with: Mapping[str, Any], weights: Weig
 
     Raises DataError for an evaluation that cannot be read.
     """
+    from dcr.report.writing import templates
+
     name, method = made_with["model"]["name"], made_with["method"]
     front: dict[str, Any] = {"base_model": HUB_NAMES.get(name, name)}
     if Path(name).is_absolute() or Path(name).is_dir():
@@ -366,36 +367,33 @@ def model_card(run: Run, stage: str, made_with: Mapping[str, Any], weights: Weig
     read = " + readout" if "readout" in stages else ""
     rows = {n: part for n, part in run.record().get("rows", {}).items() if part["count"]}
     measured, silences, others = evaluated(run, stage, weights.told)
-    template = jinja2.Environment(
-        loader=jinja2.PackageLoader("dcr"),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    ).get_template("model_card.md")
-    return template.render(
-        front=yaml.safe_dump(front, sort_keys=False),
-        title=f"{made_with['model'].get('label') or name}, {method}{read}, stage {stage}",
-        base=HUB_NAMES.get(name, name),
-        method=METHODS[method, "sft" if read else stage] + (READ_OUT if read else ""),
-        system=made_with["model"].get("system_prompt"),
-        settings=_settings(run, made_with, stages, weights.depth),
-        rows=rows,
-        fingerprint=storage.fingerprint({n: part["fingerprint"] for n, part in rows.items()}),
-        sources=dict.fromkeys(
-            [
-                *(row for each in stages for row in _sources(made_with, each)),
-                *_sources_of_gate(weights.gate or {}),
-            ]
-        ),
-        scores=measured.query(
-            "quantity == 'refused' and judge == 'keyword:paper' and n > 0"
-        ).drop_duplicates(["set", "kind", "n", "count"]),
-        attacked=_attacked(measured),
-        silences=silences,
-        trained_on=run.record().get("in_distribution", []),
-        others=others,
-        **vars(weights),
+    return (
+        templates(escaping=False)
+        .get_template("model_card.md")
+        .render(
+            front=yaml.safe_dump(front, sort_keys=False),
+            title=f"{made_with['model'].get('label') or name}, {method}{read}, stage {stage}",
+            base=HUB_NAMES.get(name, name),
+            method=METHODS[method, "sft" if read else stage] + (READ_OUT if read else ""),
+            system=made_with["model"].get("system_prompt"),
+            settings=_settings(run, made_with, stages, weights.depth),
+            rows=rows,
+            fingerprint=storage.fingerprint({n: part["fingerprint"] for n, part in rows.items()}),
+            sources=dict.fromkeys(
+                [
+                    *(row for each in stages for row in _sources(made_with, each)),
+                    *_sources_of_gate(weights.gate or {}),
+                ]
+            ),
+            scores=measured.query(
+                "quantity == 'refused' and judge == 'keyword:paper' and n > 0"
+            ).drop_duplicates(["set", "kind", "n", "count"]),
+            attacked=_attacked(measured),
+            silences=silences,
+            trained_on=run.record().get("in_distribution", []),
+            others=others,
+            **vars(weights),
+        )
     )
 
 

@@ -1012,6 +1012,12 @@ def test_outcomes_stand_by_kind_in_a_table_and_in_bars_that_add_up(tmp_path: Pat
     for axes in figure.axes:  # the other run was not judged, and has no bar
         bars: list[Any] = axes.patches[:]
         assert sum(bar.get_width() for bar in bars) == pytest.approx(1)
+    alone = make_run(tmp_path / "c", seed=1)
+    change(make_eval(alone, {"unsafe": "rc"}), "unsafe", judged={
+        "outcome": {"n": 2, "labels": empty | {"refused": 1, "answered": 1}}})  # fmt: skip
+    (drawing,) = outcomes.bars(selection(run, alone)).drawings
+    named = [[t.get_text() for t in a.get_yticklabels()] for a in figures.draw(drawing).axes]
+    assert named == [["DCR seed 0"], ["DCR seed 0", "DCR seed 1"]], "each bar has its own name"
     text, html = build(tmp_path, run, plain)
     assert "outcome" in text
     assert "Outcomes by kind of prompt" in html

@@ -26,7 +26,7 @@ from dcr.core.models.structure import DTYPES
 from dcr.core.prompts import ZERO_WIDTH_SPACE, ChatFormat
 from dcr.core.text import transcript
 from dcr.judges import GuardConfig, WildGuardConfig, verdicts
-from dcr.judges.verdicts import Verdict, Verdicts, answer_fingerprint
+from dcr.judges.verdicts import Verdict, Verdicts
 
 LLAMA_GUARD, WILDGUARD = "llama_guard", "wildguard"
 MARKS = ("<|user|>", "<|assistant|>", "[INST]", "[/INST]")  # not all special tokens
@@ -316,10 +316,9 @@ def _written(
         shown = (i for i, token in enumerate(written) if not is_space(tokenizer, token))
         first = next(shown, None)
         batch_verdicts.append(
-            Verdict(
-                answer.id,
-                answer_fingerprint(answer),
-                status="invalid",
+            Verdict.on(
+                answer,
+                "invalid",
                 p_unsafe=None if first is None else by_step[first],
                 raw=str(tokenizer.decode(written[:end], skip_special_tokens=True)),
                 prompt_tokens=len(prompt),

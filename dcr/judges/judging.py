@@ -144,9 +144,8 @@ def _by_own(name: str, judge: Judge, answers: Sequence[Completion]) -> Verdicts:
         if unknown := [label for label in said if label not in (None, *judge.labels)]:
             raise ConfigError(f"judge={name}: says {unknown[0]!r}, which is none of its labels")
         yield [
-            Verdict(
-                answer.id,
-                answer_fingerprint(answer),
+            Verdict.on(
+                answer,
                 "invalid" if label is None else "ok",
                 compliance=label if label in COMPLIANCE else None,
                 safety=label if label in SAFETY else None,

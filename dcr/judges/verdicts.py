@@ -37,6 +37,10 @@ class Verdict:
     model: str = ""  # which one answered, where the server says so
     asked: bool = True  # False where no judge was needed
 
+    @classmethod
+    def on(cls, answer: Completion, status: str = "ok", **said: Any) -> "Verdict":
+        return cls(answer.id, answer_fingerprint(answer), status, **said)
+
     @property
     def settled(self) -> bool:
         """Whether the judge has answered, so that asking again would only cost."""
@@ -54,16 +58,7 @@ def answer_fingerprint(answer: Completion) -> str:
 
 def by_keywords(answers: Sequence[Completion], outcome: Callable[[str], str]) -> list[Verdict]:
     """A verdict for each answer by keyword rules, such as `refusal.outcome`."""
-    return [
-        Verdict(
-            answer.id,
-            answer_fingerprint(answer),
-            "ok",
-            compliance=outcome(answer.response),
-            asked=False,
-        )
-        for answer in answers
-    ]
+    return [Verdict.on(a, compliance=outcome(a.response), asked=False) for a in answers]
 
 
 def counts(verdicts: Sequence[Verdict], model: str, labels: Sequence[str]) -> dict[str, Any]:
@@ -111,17 +106,10 @@ STANCES = {  # for comparison with judges of XSTest's three classes
 
 def outcomes(answers: Sequence[Completion]) -> Verdicts:
     """The outcome of each answer, which stands in `raw`."""
-    said = [outcome(answer.prompt, answer.response, answer.ended) for answer in answers]
+    found = [(answer, outcome(answer.prompt, answer.response, answer.ended)) for answer in answers]
     yield [
-        Verdict(
-            answer.id,
-            answer_fingerprint(answer),
-            "ok",
-            compliance=STANCES.get(kind),
-            raw=kind.value,
-            asked=False,
-        )
-        for answer, kind in zip(answers, said, strict=True)
+        Verdict.on(answer, compliance=STANCES.get(kind), raw=kind.value, asked=False)
+        for answer, kind in found
     ]
 
 

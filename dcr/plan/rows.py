@@ -13,6 +13,7 @@ from dcr.core.config import EMBEDDED_MODEL, TINY_MODEL, ModelConfig, Stage, Trai
 from dcr.core.data import Splits
 from dcr.core.data.rows import ReadoutRow, StageRows
 from dcr.core.prompts import IGNORED, ChatFormat, PairRow, PromptRow
+from dcr.core.sources import Example
 from dcr.plan import cost
 from dcr.plan.cost import Load
 
@@ -74,17 +75,10 @@ def chat_of(config: ModelConfig, rows: Splits) -> tuple[ChatFormat, Splits]:
 
 
 def _shortened(rows: Splits) -> Splits:
-    parts: dict[str, Any] = {
-        name: [
-            replace(
-                row,
-                prompt=_short(row.prompt),
-                response=_short(row.response or "") or None,
-            )
-            for row in part
-        ]
-        for name, part in rows.parts().items()
-    }
+    def short(row: Example) -> Example:
+        return replace(row, prompt=_short(row.prompt), response=_short(row.response or "") or None)
+
+    parts: dict[str, Any] = {name: [*map(short, part)] for name, part in rows.parts().items()}
     return replace(rows, **parts)
 
 

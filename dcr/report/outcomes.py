@@ -64,7 +64,7 @@ def bars(chosen: Selection) -> Drawings:
 
     All sets of a kind together; a bar is 100% of the answers.
     """
-    panels, height = [], 0.0
+    panels, height, named = [], 0.0, list[str]()
     for kind in COUNTED:
         found = _shares(chosen, kind)
         drawn = [
@@ -75,7 +75,9 @@ def bars(chosen: Selection) -> Drawings:
         height = max(height, 0.9 + 0.4 * len(drawn))
         if drawn:
             axes = {"xlim": (0, 1), "xlabel": "share of answers"}
-            stacked = partial(paint, drawn, not panels)
+            # once for both, unless a column has answers to one kind alone
+            before, named = named, [name for name, _ in drawn]
+            stacked = partial(paint, drawn, named != before)
             panels.append(Panel(title=kind.value.replace("_", " "), axes=axes, paint=stacked))
     title, size = "Outcomes by kind of prompt", (4.4, height)
     drawing = Drawing("outcomes", title, {"": panels}, legend=legend(), size=size)
@@ -93,7 +95,7 @@ def paint(drawn: Sequence[tuple[str, Mapping[Outcome, Cell]]], named: bool, axes
         for kind, colour in COLOURS.items():
             axes.barh(place, cells[kind].estimate, left=left, color=colour, height=0.7)
             left += cells[kind].estimate
-    names = [figures.folded(name, 18) if named else "" for name, _ in drawn]  # once, at the left
+    names = [figures.folded(name, 18) if named else "" for name, _ in drawn]
     axes.set_yticks(range(len(drawn)), names)
     axes.invert_yaxis()
     axes.grid(False)

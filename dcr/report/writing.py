@@ -102,10 +102,10 @@ WRITERS: dict[str, Callable[[TextTable], str]] = {
 }
 
 
-def templates() -> jinja2.Environment:
-    """The HTML templates, which escape all text from files."""
+def templates(escaping: bool = True) -> jinja2.Environment:
+    """The templates; those of HTML escape all text from files."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("dcr"), autoescape=True, undefined=jinja2.StrictUndefined,
+        loader=jinja2.PackageLoader("dcr"), autoescape=escaping, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
     environment.filters["table"] = lambda table: Markup(  # everything in it is escaped

@@ -7,25 +7,4 @@ table[table.quantity == "refused"].pivot_table("value", ["run", "judge"], "set")
 
 from dcr.core.results import VERSION
 from dcr.results.frame import COLUMNS, csv_text, edit, frame_of, load, steering
-from dcr.results.schema import (
-    Metrics,
-    OwnTask,
-    Tracked,
-    read,
-    read_tracked,
-)
-
-__all__ = [
-    "COLUMNS",
-    "VERSION",
-    "Metrics",
-    "OwnTask",
-    "Tracked",
-    "csv_text",
-    "edit",
-    "frame_of",
-    "load",
-    "read",
-    "read_tracked",
-    "steering",
-]
+from dcr.results.schema import Metrics, OwnTask, Tracked, read, read_tracked
