@@ -272,6 +272,21 @@ def test_only_the_batches_that_steps_take_are_prepared_and_each_once(
     assert "readout: 100%|██████████| 2/2" in told
 
 
+def test_what_training_came_to_is_told_in_a_line() -> None:
+    found: dict[str, Any] = {
+        "steps": 3,
+        "loss": {"first": 1.894, "last": 1.875},
+        "heldout_auroc": {"before": (0.457, 0.36, 0.55), "after": (0.5, 0.41, 0.6), "prompts": 82},
+        "drift": {"answer_tokens": 0.0123, "first_token": 0.02},
+    }
+    line = "3 steps; loss 1.89 to 1.88; AUROC 0.46 to 0.50 [0.41, 0.60] on held-out pairs"
+    assert readout.told(found) == f"{line}; drift 0.012 nats an answer token"
+    found["loss"] = {"first": None, "last": None}
+    found["heldout_auroc"] |= {"before": None, "after": None}
+    found["drift"]["answer_tokens"] = None
+    assert readout.told(found) == "3 steps"
+
+
 def test_more_blocks_than_the_model_has_are_refused(tiny: TrainConfig, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"sft\.readout\.blocks=3: the model has 2"):
         train.train(changed(tiny, "sft.readout.blocks=3"), Run(tmp_path / "run"))

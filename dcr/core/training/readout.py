@@ -8,7 +8,7 @@ stays as it is, so each prompt passes it once, and a step costs the last blocks 
 the paper.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -244,6 +244,20 @@ class ReadoutModule(ResumableModule):
         config = self.config
         factor = rate_factor(Schedule.linear, config.steps, round(WARMUP * config.steps))
         return adamw(self, config.lr, config.weight_decay, factor)
+
+
+def told(record: Mapping[str, Any]) -> str:
+    """What `ReadoutModule.record` found, in a line."""
+    loss, auroc, drift = record["loss"], record["heldout_auroc"], record["drift"]["answer_tokens"]
+    parts = [f"{record['steps']} steps"]
+    if loss["first"] is not None:
+        parts.append(f"loss {loss['first']:.2f} to {loss['last']:.2f}")
+    if auroc["after"]:
+        before, (after, low, high) = auroc["before"][0], auroc["after"]
+        parts.append(f"AUROC {before:.2f} to {after:.2f} [{low:.2f}, {high:.2f}] on held-out pairs")
+    if drift is not None:
+        parts.append(f"drift {drift:.3f} nats an answer token")
+    return "; ".join(parts)
 
 
 def _asks(batch: ReadoutBatch) -> bool:
