@@ -280,11 +280,11 @@ def test_what_training_came_to_is_told_in_a_line() -> None:
         "drift": {"answer_tokens": 0.0123, "first_token": 0.02},
     }
     line = "3 steps; loss 1.89 to 1.88; AUROC 0.46 to 0.50 [0.41, 0.60] on held-out pairs"
-    assert readout.told(found) == f"{line}; drift 0.012 nats an answer token"
+    assert readout.summary(found) == f"{line}; drift 0.012 nats an answer token"
     found["loss"] = {"first": None, "last": None}
     found["heldout_auroc"] |= {"before": None, "after": None}
     found["drift"]["answer_tokens"] = None
-    assert readout.told(found) == "3 steps"
+    assert readout.summary(found) == "3 steps"
 
 
 def test_more_blocks_than_the_model_has_are_refused(tiny: TrainConfig, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ from dcr.core.runs import Run
 from dcr.core.storage import Lease
 from dcr.core.training import callbacks, resuming
 from dcr.core.training.contrastive import ContrastiveModule
-from dcr.core.training.readout import ReadoutModule, told
+from dcr.core.training.readout import ReadoutModule, summary
 from dcr.core.training.sft import SFTModule
 
 log = logging.getLogger(__name__)
@@ -186,7 +186,7 @@ def train_readout(job: Job) -> None:
         record = module.record(batches, contrasts, settings.seed)
         storage.write_json(run.readout_file, record)
         folders.save_adapter(policy, run.stage("readout"), folders.adapter_base(before))
-        log.info("readout: %s", told(record))
+        log.info("readout: %s", summary(record))
     _end(job, Stage.readout, trainer)
 
 

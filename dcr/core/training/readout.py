@@ -246,8 +246,8 @@ class ReadoutModule(ResumableModule):
         return adamw(self, config.lr, config.weight_decay, factor)
 
 
-def told(record: Mapping[str, Any]) -> str:
-    """What `ReadoutModule.record` found, in a line."""
+def summary(record: Mapping[str, Any]) -> str:
+    """Puts steps, loss, AUROC and drift, in nats, of a `ReadoutModule.record` into a line."""
     loss, auroc, drift = record["loss"], record["heldout_auroc"], record["drift"]["answer_tokens"]
     parts = [f"{record['steps']} steps"]
     if loss["first"] is not None:
