@@ -134,10 +134,12 @@ def _claimed(settings: TrainConfig, run: Run, rows: Splits) -> Iterator[Lease | 
     before = set(os.listdir(run.folder)) if run.folder.is_dir() else set()
     with storage.locked(run.folder) as lease:
         try:
-            runs.claim(run, config.plain(settings), settings.force)
+            made_with = config.plain(settings)
+            runs.check_config(run, made_with, settings.force)
             examine: Examine | None = extending.ours(settings.table.examining)
             about, warnings = examine(rows) if examine else ({}, [])
             runs.claim_rows(run, data.row_record(rows, about), settings.force)
+            runs.write_config(run, made_with)  # behind all that may refuse this command
             drawn = (f"{len(part)} {name}" for name, part in rows.parts().items() if part)
             log.info("rows: %s", ", ".join(drawn))
             for line in rows.told():

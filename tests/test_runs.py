@@ -32,25 +32,30 @@ def record(count: int, fingerprint: str) -> dict[str, Any]:
 # --- what a folder was made with ---
 
 
+def claim(run: Run, made_with: dict[str, Any], force: bool) -> None:
+    runs.check_config(run, made_with, force)
+    runs.write_config(run, made_with)
+
+
 def test_a_claim_writes_plain_yaml_that_reads_back(tmp_path: Path) -> None:
     run = Run(tmp_path / "new" / "run")
-    runs.claim(run, CONFIG, force=False)
+    claim(run, CONFIG, force=False)
     assert run.config() == CONFIG == yaml.safe_load(run.config_file.read_text())
-    runs.claim(run, CONFIG, force=False)
-    runs.claim(run, CONFIG | dict.fromkeys(runs.FREE_KEYS, "other"), force=False)
+    claim(run, CONFIG, force=False)
+    claim(run, CONFIG | dict.fromkeys(runs.FREE_KEYS, "other"), force=False)
 
 
 def test_another_configuration_is_refused_with_the_differences(tmp_path: Path) -> None:
     run = Run(tmp_path)
-    runs.claim(run, CONFIG, force=False)
+    claim(run, CONFIG, force=False)
     other = {**CONFIG, "seed": 1, "dcr": {"margin": 0.25, "nll": {"weight": 0.1}}}
     with pytest.raises(ConfigError) as refused:
-        runs.claim(run, other, force=False)
+        claim(run, other, force=False)
     for part in (str(tmp_path), "dcr.nll.weight: 0.001 -> 0.1", "seed: 0 -> 1", "force=true"):
         assert part in str(refused.value)
     assert "margin" not in str(refused.value)
     assert run.config() == CONFIG, "nothing was written"
-    runs.claim(run, other, force=True)
+    claim(run, other, force=True)
     assert run.config() == other
 
 

@@ -85,6 +85,18 @@ def test_force_begins_anew_what_is_not_done(
     assert run.config()["sft"]["lr"] == 1e-4
 
 
+def test_a_forced_command_that_is_refused_leaves_the_configuration(tmp_path: Path) -> None:
+    """Stage one, which is done, does not depend on SFT's rate, but on rows that are others now."""
+    made, run = settings(tmp_path / "rows"), Run(tmp_path / "run")
+    train.train(changed(made, "stage=contrastive"), run)
+    before = run.config_file.read_bytes(), run.rows_file.read_bytes()
+    toxic = write_rows(tmp_path / "rows")["toxic"]
+    toxic.write_text(toxic.read_text().replace("ow", "Ow"))
+    with pytest.raises(ConfigError, match="contrastive is done there and would not be trained"):
+        train.train(changed(made, "sft.lr=1e-4", "force=true"), run)
+    assert (run.config_file.read_bytes(), run.rows_file.read_bytes()) == before
+
+
 def test_other_weights_under_the_same_name(
     tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

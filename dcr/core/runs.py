@@ -269,8 +269,8 @@ def binding_model(made_with: Mapping[str, Any]) -> dict[str, Any]:
     return decisive
 
 
-def claim(run: Run, made_with: Mapping[str, Any], force: bool) -> None:
-    """Writes the configuration, or checks that the one in the folder is the same.
+def check_config(run: Run, made_with: Mapping[str, Any], force: bool) -> None:
+    """Checks that the configuration in the folder, if there is one, is the same.
 
     Raises ConfigError with the differences if the folder belongs to another configuration and
     `force` is off, or a finished stage depends on them.
@@ -280,7 +280,6 @@ def claim(run: Run, made_with: Mapping[str, Any], force: bool) -> None:
         before, now = (binding(each) | {"precision": None} for each in (run.config(), made_with))
         changed = storage.differences(before, now)
         _refuse(run, "made with another configuration", changed, force)
-    write_config(run, made_with)
 
 
 def write_config(run: Run, made_with: Mapping[str, Any]) -> None:
@@ -302,7 +301,7 @@ def claim_rows(run: Run, record: Mapping[str, Any], force: bool) -> None:
 
     The lists include every source of a user's own.
 
-    Raises ConfigError with the lists that differ, as `claim` does.
+    Raises ConfigError with the lists that differ, as `check_config` does.
     """
     if run.rows_file.exists():
         before, now = _row_lists(run.record()), _row_lists(record)
@@ -322,7 +321,7 @@ def _row_lists(record: Mapping[str, Any]) -> dict[str, str]:
 def claim_base(run: Run, stage: str, weights: str, force: bool) -> None:
     """Records the weights that a stage starts from, or checks that they are still the same.
 
-    Raises ConfigError if they changed, as `claim` does.
+    Raises ConfigError if they changed, as `check_config` does.
     """
     known: dict[str, str] = {}
     if run.base_file.exists():
