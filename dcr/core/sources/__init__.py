@@ -260,6 +260,11 @@ def _hub_rows(name: str, hub: Hub, cure: str) -> list[Located]:
 def _examples(
     name: str, source: Source, rows: list[Located], expected: int | None
 ) -> list[Example]:
+    for where, row in rows:
+        if not isinstance(row.get("meta"), (Mapping, type(None))):
+            raise DataError(
+                f"{where}: meta: a {type(row['meta']).__name__}, not an object; restore the file"
+            )
     groups = source.groups([row for _, row in rows])
     chosen = [(i, *located) for i, located in enumerate(rows) if source.keep(located[1])]
     if expected is not None and len(chosen) != expected:
