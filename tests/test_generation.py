@@ -183,6 +183,26 @@ def test_batches_say_what_each_prompt_alone_says(
         assert completion.refusal_mass == expected[0]  # read off the first token's logits
 
 
+def test_each_reading_ends_by_itself(policy: Policy) -> None:
+    """The second of three ends first: the third is read on, and what it says counts."""
+    prompts_read = [[[5, 6, 7]], [[8, 9]], [[5]]]
+    read: list[list[int]] = []
+
+    def logits(contexts: Sequence[generation.Context]) -> Tensor:
+        read.append([int(context.ids[0, 0]) for context in contexts])
+        return contexts[0].logits
+
+    generation.decoded(
+        policy,
+        [*zip(prompts_read, (math.inf, 1, 3), strict=True)],
+        5,
+        logits,
+        lambda scores: scores[:, 0],
+        lambda answer: False,
+    )
+    assert read == [[5, 8, 5], [5, 5], [5, 5], [5], [5]]
+
+
 @pytest.mark.parametrize("family", ["qwen2", "gpt2", "mistral"])
 def test_other_families_say_what_each_prompt_alone_says(
     family: str, decoded: dict[str, list[int]]

@@ -274,6 +274,7 @@ def decoded(
     taken = inspect.signature(unwrapped(policy.model).forward).parameters.keys()
     with torch.inference_mode(), passes.current().decoding(policy.model):
         contexts = [_read(policy, taken, prompts) for prompts, _ in readings]
+        ends = [end for _, end in readings]  # of those that are still read
         answers: list[list[int]] = [[] for _ in readings[0][0]]
         rows = list(range(len(answers)))  # those in the batch
         under_way = set(rows)
@@ -293,7 +294,8 @@ def decoded(
                         under_way.remove(row)
             if not under_way:
                 break
-            contexts = [c for c, (_, end) in zip(contexts, readings, strict=False) if tokens < end]
+            contexts = [c for c, end in zip(contexts, ends, strict=True) if tokens < end]
+            ends = [end for end in ends if tokens < end]
             if len(under_way) <= (1 - ENDED) * len(rows) and _may_leave(policy, contexts):
                 staying = [place for place, row in enumerate(rows) if row in under_way]
                 rows = [rows[place] for place in staying]
