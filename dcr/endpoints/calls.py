@@ -170,7 +170,7 @@ async def _answer(
     # ends a server that goes on sending a little now and then
     longest = (http.retries + 1) * (http.timeout + LONGEST_WAIT)
     received: bytes | Rejection = b""
-    for _ in range(http.retries + 1):
+    for left in range(http.retries, -1, -1):
         try:
             async with asyncio.timeout(longest):
                 received = await ask()
@@ -191,7 +191,8 @@ async def _answer(
         try:
             body = json.loads(received)
         except (ValueError, RecursionError):
-            await asyncio.sleep(PAUSE)
+            if left:
+                await asyncio.sleep(PAUSE)
             continue
         answered = read(body)
         if isinstance(answered, Failure):

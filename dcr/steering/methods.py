@@ -206,7 +206,7 @@ class Steering(Change):
 class Own(Change):
     """A user's own edit, named by its path as the method, unless its strength is 0.
 
-    Every hook is the user's but `measured`, which is told no settings that name the edit.
+    Every hook is the user's.
     """
 
     def part(self, settings: EvalConfig) -> Change:
@@ -235,5 +235,5 @@ def _handed_on(hook: str) -> Callable[..., Any]:
 
 
 for _hook in ("check", "prepared", "around", "decoding", "chat", "before", "answering", "masses",
-              "prompts", "made_from"):  # fmt: skip
+              "measured", "prompts", "made_from"):  # fmt: skip
     setattr(Own, _hook, _handed_on(_hook))

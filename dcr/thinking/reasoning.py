@@ -88,7 +88,7 @@ class Thinking(Change):
         kept = sets.kept(asked, ask, folder / PLACE, Thought, "thinking", progress)
         subject.thoughts |= {row.prompt: row.ids for rows in kept.values() for row in rows}
 
-    def measured(self, answers: Answers, folder: Path) -> dict[str, Any]:
+    def measured(self, subject: Local, answers: Answers, folder: Path) -> dict[str, Any]:
         """By set: who ended the thoughts, and the refusals in thoughts against those in answers."""
         counted = {}
         for name, rows in answers.items():

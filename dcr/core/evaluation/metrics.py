@@ -103,7 +103,7 @@ def measure(
     if judged:
         counted = scoring.scores(settings, run, judged, given, folder)
         for change in protocols.changes(settings):
-            counted |= change.measured({b.name: given[b.name] for b in judged}, folder)
+            counted |= change.measured(subject, {b.name: given[b.name] for b in judged}, folder)
         if counted["discernment"] is None:  # of one kind alone: an earlier command's stays
             del counted["discernment"]
         blocks = counted | blocks

@@ -125,7 +125,7 @@ class Change:
         """Refusal masses in place of those of the weights."""
         return None
 
-    def measured(self, answers: Answers, folder: Path) -> dict[str, Any]:
+    def measured(self, subject: Any, answers: Answers, folder: Path) -> dict[str, Any]:
         """Blocks of `metrics.json`, of what `folder` holds beside the answers."""
         return {}
 
