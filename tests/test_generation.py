@@ -358,8 +358,8 @@ def test_rows_that_have_ended_leave_the_batch(
     assert passes[-1] < passes[0]
 
 
-def test_rows_stay_where_an_edit_depends_on_their_place(policy: Policy, passes: list[int]) -> None:
-    """Every second row is turned away from the first row's direction, by its own factor."""
+def test_rows_leave_with_their_part_of_an_edit(policy: Policy, passes: list[int]) -> None:
+    """Each row is pushed along one direction by a factor of its own."""
     direction = torch.randn(32, generator=torch.Generator().manual_seed(0))
 
     def plan(ids: Tensor, _: Tensor | None) -> list[Edit]:
@@ -370,7 +370,7 @@ def test_rows_stay_where_an_edit_depends_on_their_place(policy: Policy, passes: 
         alone = run(policy, 1)
         passes.clear()
         assert run(policy, len(ROWS)) == alone
-    assert set(passes) == {len(ROWS)}
+    assert passes[-1] < passes[0] == len(ROWS)
 
 
 @pytest.mark.parametrize("batch", [1, 5])

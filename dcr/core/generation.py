@@ -302,6 +302,7 @@ def decoded(
                 places = torch.tensor(staying, device=newest.device)
                 newest = newest[places]
                 contexts = [_selected(context, places) for context in contexts]
+                passes.keep_rows(policy.model, places)
             contexts = [_stepped(policy, taken, context, newest) for context in contexts]
             scores = logits(contexts)
         if streamer is not None:
@@ -316,7 +317,8 @@ def _may_leave(policy: Policy, contexts: Sequence[Context]) -> bool:
         isinstance(cache, DynamicCache) and all(isinstance(i, DynamicLayer) for i in cache.layers)
         for cache in kept
     )
-    return of_keys and not passes.per_row(policy.model)
+    # an edit that depends on the row knows the rows of one reading
+    return of_keys and (len(contexts) == 1 or not passes.per_row(policy.model))
 
 
 def _read(policy: Policy, taken: Collection[str], prompts: Sequence[Sequence[int]]) -> Context:

@@ -258,10 +258,20 @@ def pooled(
 def per_row(model: Any) -> bool:
     """Whether an open edit depends on the row or on what is its prompt.
 
-    Rows must then stay in their batch and place, and a prompt be read in one pass.
+    A prompt must then be read in one pass, and `keep_rows` be told of rows that leave the batch.
     """
+    return bool(_by_row(model))
+
+
+def keep_rows(model: Any, places: Int[Tensor, "rows"]) -> None:
+    """Tells open edits that depend on the row which rows of the batch stay, in their new order."""
+    for session in _by_row(model):
+        session.keep_rows(places)
+
+
+def _by_row(model: Any) -> list[Any]:
     hooks = structure.backbone(model)._forward_pre_hooks.values()
-    return any(getattr(session, "per_row", False) for session in hooks)
+    return [session for session in hooks if getattr(session, "per_row", False)]
 
 
 # --- parts of a pass, for implementations of `Passes` ---------------------------------------------

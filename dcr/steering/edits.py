@@ -87,6 +87,7 @@ class _Session:
     prefill: bool = True
     planning: bool = False
     opened: RemovableHandle | None = None
+    edits: Edits = ()  # those that are installed
     handles: list[RemovableHandle] = field(default_factory=list)
 
     def __call__(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -117,8 +118,17 @@ class _Session:
         finally:
             self.planning = False
 
+    def keep_rows(self, places: Int[Tensor, "rows"]) -> None:
+        """Goes on with these rows of the batch alone."""
+
+        def kept(of_rows: Any) -> Any:
+            return of_rows[places.to(of_rows.device)] if isinstance(of_rows, Tensor) else of_rows
+
+        self.install([replace(e, scale=kept(e.scale), start=kept(e.start)) for e in self.edits])
+
     def install(self, edits: Edits) -> None:
         self.uninstall()
+        self.edits = edits
         for edit in edits:
             if edit.once or isinstance(edit.scale, Tensor) or edit.start is not None:
                 self.per_row = True
