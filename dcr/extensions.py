@@ -167,7 +167,7 @@ def fast_passes() -> "Passes":
     """Those that take less time on a CPU, see `dcr.core.passes`."""
     from dcr.fast.passes import Fast  # with torch, which help and a user's error need not wait for
 
-    return Fast()
+    return Fast(tracking.measures)
 
 
 def hand_in_passes() -> None:

@@ -30,7 +30,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from dcr import train
+from dcr import extensions, train
 from dcr.analyses.separability import kmeans_accuracy
 from dcr.core import config, losses, models
 from dcr.core.config import Pooling, Stage, TrainConfig
@@ -415,6 +415,13 @@ def test_two_ranks_measure_what_one_process_does(tmp_path: Path) -> None:
 def quiet() -> Iterator[None]:
     with callbacks.quiet():
         yield
+
+
+def test_weights_that_are_measured_meanwhile_stay_as_they_are(tiny: TrainConfig) -> None:
+    asked, mixed = extensions.fast_passes().shrinks_frozen, changed(tiny, "dcr.precision=mixed")
+    assert asked(mixed)
+    assert asked(changed(mixed, "tracking.snapshots=2"))
+    assert not asked(changed(mixed, "tracking.quantities=[refusal_probability]"))
 
 
 @pytest.mark.parametrize("more", [(), ("dcr.nll.weight=0",), ("dcr.adapter=lora",)])

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from dcr.core import losses
 from dcr.core.config import FSDP, Precision, TrainConfig
 from dcr.core.models.structure import decoder_blocks, final_norm, head
-from dcr.tracking import TrackingConfig
 
 
 def token_nll(
@@ -125,14 +124,10 @@ def _scale_and_cap_(logits: Tensor, head: _Head, *, with_slope: bool) -> Tensor 
 
 
 def shrinks_frozen(settings: TrainConfig) -> bool:
-    """Whether stage one holds frozen weights in less memory.
-
-    It does if one process trains under autocast and nothing else is measured on the model.
-    """
+    """Whether one process trains stage one under autocast, so that frozen weights need less."""
     trainer = settings.trainer
     alone = trainer.devices * trainer.num_nodes == 1 and trainer.strategy != FSDP
-    mixed = settings.dcr.precision is Precision.mixed
-    return alone and mixed and not settings.node(TrackingConfig).quantities
+    return alone and settings.dcr.precision is Precision.mixed
 
 
 @torch.no_grad()

@@ -28,7 +28,14 @@ _packs: "WeakKeyDictionary[nn.Module, dict[torch.device, Packing]]" = WeakKeyDic
 
 
 class Fast:
-    """The fast implementation of `dcr.core.passes.Passes`."""
+    """The fast implementation of `dcr.core.passes.Passes`.
+
+    `measured` says of settings whether something is measured on the model while stage one trains,
+    for which its frozen weights stay as they are.
+    """
+
+    def __init__(self, measured: Callable[[TrainConfig], bool] = lambda _: False) -> None:
+        self.measured = measured
 
     def states(self, part: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
         layout = laid_out(part, ids, mask)
@@ -59,7 +66,7 @@ class Fast:
         return states, rest
 
     def shrinks_frozen(self, settings: TrainConfig) -> bool:
-        return frozen.shrinks_frozen(settings)
+        return frozen.shrinks_frozen(settings) and not self.measured(settings)
 
     def shrink_frozen(self, model: Any, block: int, whole: bool) -> None:
         frozen.shrink_frozen(model, block, whole)

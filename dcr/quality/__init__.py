@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dcr.core.config.evaluation import EvalConfig, cut_short
-from dcr.steering import SteeringConfig
 
 
 @dataclass
@@ -23,11 +22,6 @@ def relations(settings: EvalConfig) -> Iterator[str]:
     if "quality" not in settings.tasks:
         return
     yield from cut_short(settings, "tasks=[quality]")
-    if settings.node(SteeringConfig).validation:
-        yield (
-            "steering.validation=true tasks=[quality]: asks other prompts than quality "
-            "compares; leave one of the two out"
-        )
     if settings.node(QualityConfig).reference is None:
         yield (
             "tasks=[quality]: needs answers to compare with; name the STL run of the same "

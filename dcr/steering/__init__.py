@@ -105,6 +105,11 @@ def relations(settings: EvalConfig) -> Iterator[str]:
             )
         for name, value in settings.gen.contrast.items():
             yield f"gen.{name}={value} {named}: two methods at once; give one"
+        if settings.gen.thinking is not None:
+            yield (
+                f"gen.thinking={settings.gen.thinking} {named}: an edit is made for prompts "
+                "without thoughts; give one"
+            )
     if steering.method == "probe" and steering.released_data:
         yield (
             "steering=probe steering.released_data=true: no prompts were released for it; leave "
@@ -112,6 +117,11 @@ def relations(settings: EvalConfig) -> Iterator[str]:
         )
     if not steering.validation:
         return
+    if "quality" in settings.tasks:
+        yield (
+            "steering.validation=true tasks=[quality]: asks other prompts than quality "
+            "compares; leave one of the two out"
+        )
     calibration = settings.node(CalibrationConfig)
     for kind in (Kind.toxic.value, Kind.seemingly_toxic.value):
         extracted = getattr(settings.data.extraction, kind)

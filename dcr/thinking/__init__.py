@@ -6,7 +6,6 @@ Here are the checks of that setting; `reasoning` makes the thoughts and counts w
 from collections.abc import Iterator
 
 from dcr.core.config.evaluation import EvalConfig
-from dcr.steering import SteeringConfig
 
 
 def relations(settings: EvalConfig) -> Iterator[str]:
@@ -23,9 +22,6 @@ def relations(settings: EvalConfig) -> Iterator[str]:
         yield f"{named} trainer.devices={settings.trainer.devices}: one process thinks; give one"
     for name, value in settings.gen.contrast.items():
         yield f"{named} gen.{name}={value}: a contrast would reach into the thought; give one"
-    if settings.node(SteeringConfig).method != "none":
-        method = settings.node(SteeringConfig).method
-        yield f"{named} steering={method}: an edit is made for prompts without thoughts; give one"
     for task in (*settings.table.on_weights, "frontier", "robustness"):
         if task in settings.tasks:
             yield f"{named} tasks=[{task}]: {task} reads prompts without thoughts; leave one out"

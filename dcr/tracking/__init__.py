@@ -34,6 +34,11 @@ class TrackingConfig:
     entk: KernelConfig = field(default_factory=lambda: KernelConfig(prompts=5))
 
 
+def measures(settings: TrainConfig) -> bool:
+    """Whether quantities are measured on the model while a stage trains; snapshots only save it."""
+    return bool(settings.node(TrackingConfig).quantities)
+
+
 def relations(settings: TrainConfig) -> Iterator[str]:
     """The settings that contradict measuring while a stage trains."""
     quantities, strategy = settings.node(TrackingConfig).quantities, settings.trainer.strategy
