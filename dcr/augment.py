@@ -25,7 +25,7 @@ from dcr.core.config.evaluation import AUTO_LENGTH
 from dcr.core.evaluation.sets import PromptSet
 from dcr.core.runs import Run
 from dcr.core.sources import Example
-from dcr.core.text import label_of, normalise
+from dcr.core.text import normalise
 from dcr.endpoints import servers
 from dcr.endpoints.servers import EndpointError
 from dcr.extensions import EvalSettings
@@ -306,10 +306,8 @@ def _settings(options: Options) -> EvalSettings:
         )
     if (composed.endpoint is not None) == bool({"model", "model.name"} & keys):
         raise ConfigError("who answers? give either model=<name> or endpoint=<url>")
-    if composed.endpoint is not None:
-        name = str(composed.endpoint_model or "unnamed")  # which the checks then refuse
-        composed.model.name, composed.model.label = name, label_of(name)
-    settings, arithmetic = evaluation.settle_precision(resolving.resolve(composed, EvalSettings))
+    resolved = resolving.resolve(cli.completed(composed, {}), EvalSettings)
+    settings, arithmetic = evaluation.settle_precision(resolved)
     if settings.endpoint is None:
         arithmetic.say()
     return settings
@@ -334,11 +332,6 @@ def _check_settings(settings: EvalSettings) -> None:
             )
     judging.JudgeTable().check(others, settings)
     if settings.endpoint is not None:
-        for name, weight in settings.gen.contrast.items():
-            raise ConfigError(
-                f"gen.{name}={weight}: an endpoint shows no logits to contrast; "
-                "leave it out, or name the model with model="
-            )
         servers.check(subject.server_of(settings), "endpoint")
 
 

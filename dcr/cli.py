@@ -416,10 +416,6 @@ def _run_of(composed: DictConfig) -> Run:
                 raise ConfigError(
                     f"endpoint={composed.endpoint} {key}={named}: two things to evaluate; give one"
                 )
-        if composed.endpoint_model is None:
-            raise ConfigError(
-                f"endpoint={composed.endpoint}: say which model there, with endpoint_model=<name>"
-            )
     if composed.run is not None:
         if model is not None:
             raise ConfigError(
@@ -450,8 +446,8 @@ def completed(composed: DictConfig, made_with: Mapping[str, Any]) -> DictConfig:
     if made_with:
         trusted = composed.model.trust_remote_code or made_with["model"].get("trust_remote_code")
         merged.model = config.literal({**made_with["model"], "trust_remote_code": bool(trusted)})
-    if composed.endpoint is not None and composed.endpoint_model is not None:
-        named = str(composed.endpoint_model)
+    if composed.endpoint is not None:
+        named = str(composed.endpoint_model or "unnamed")  # which the checks then refuse
         merged.model.name, merged.model.label = named, ""
     if not merged.model.label:
         merged.model.label = label_of(str(merged.model.name))

@@ -2,6 +2,9 @@
 
 `command` makes a function of such options a command. Its errors end as those of `train.py` do: one
 line on stderr and exit code 2. The same dataclass gives the text of `--help`.
+
+OmegaConf's dotlist and Hydra's parser of overrides read `a: 1`, `{b}` or `[c` as YAML or grammar,
+and know no words without a key; here a path and a setting for another script stay as written.
 """
 
 import functools
@@ -172,15 +175,26 @@ def help_of(schema: type) -> str:
     return f"{inspect.getdoc(schema)}\n\n{plain_text(table)}\n\n{SPELLINGS}"
 
 
+def console(width: int = COLUMNS) -> Console:
+    """A console without colour that prints into a text, which `printed` gives."""
+    return Console(
+        width=width, file=io.StringIO(), color_system=None, force_terminal=False, markup=False,
+        emoji=False, highlight=False,
+    )  # fmt: skip
+
+
+def printed(console: Console) -> str:
+    """Its text without blanks at line ends."""
+    assert isinstance(console.file, io.StringIO)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+
+
 def plain_text(*parts: str | Table) -> str:
-    """The parts as a command prints them: 100 columns, without colour or blanks at line ends."""
-    out = io.StringIO()
-    console = Console(
-        file=out, width=COLUMNS, color_system=None, highlight=False, markup=False, emoji=False
-    )
+    """The parts as a command prints them, one below the other."""
+    shown = console()
     for part in parts:
-        console.print(part)
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+        shown.print(part)
+    return printed(shown)
 
 
 def table(title: str, heads: Sequence[str], names: int = 1) -> Table:

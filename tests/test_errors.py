@@ -82,6 +82,8 @@ WHOLE = {
     "dcr.augment source=demo_seemingly_toxic out=a.jsonl": "who answers",
     "dcr.augment source=demo_seemingly_toxic out=a.jsonl run=outputs/x": "dcr.export",
     "dcr.augment source=demo_toxic out=a.jsonl endpoint=http://127.0.0.1:1/v1": "say which model",
+    "dcr.augment source=demo_toxic out=a.jsonl endpoint=http://127.0.0.1:1/v1 endpoint_model=m "
+    "gen.self_cd=1": "gen.self_cd=1.0: an endpoint shows no logits to contrast",
     "dcr.export run=x": "out: nothing given; it is a new folder for the export",
     "dcr.export out=x": "run: nothing given; it is the run folder",
     "dcr.export run=x out=y trust_remote_code=maybe": "trust_remote_code=maybe: give true or false",

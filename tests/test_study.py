@@ -274,13 +274,15 @@ def test_costs_are_scaled_to_all_steps_and_told_once(tmp_path: Path) -> None:
         # ten steps of SFT, of which a process that was killed took the first six
         rows = [("sft", step, 0, "sft/step_nll", 1.0) for step in range(10)]
         append_metrics(Run(folder), rows)
+    Run(folders[0]).cost_file("readout").write_text(json.dumps(cost))
     Run(folders[1]).adopted_file.write_text(json.dumps({"contrastive": "a"}))
     table = paper.costs(selection(*folders))
     assert table.values is not None
     ours = table.values[table.values.source == "ours"]
-    assert list(ours.stage) == ["stage one", "SFT", "SFT"]
-    assert list(ours.minutes) == pytest.approx([1.0, 2.5, 2.5])
+    assert list(ours.stage) == ["stage one", "SFT", "SFT", "readout"]
+    assert list(ours.minutes) == pytest.approx([1.0, 2.5, 2.5, 1.0])
     assert ours.memory.iloc[0] == pytest.approx(2 * 2**30 / 1e9)
+    assert set(table.values[table.values.source == "paper"].stage) == {"stage one", "SFT"}
     theirs = table.frame.to_dict("records")
     (found,) = (r for r in theirs if (r["numbers of"], r["stage"]) == ("paper, Qwen2.5-7B", "SFT"))
     assert found["device minutes"] == "~21"

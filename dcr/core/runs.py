@@ -246,7 +246,7 @@ def last_stage(made_with: Mapping[str, Any]) -> Literal["sft", "readout"]:
 def binding(made_with: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a configuration that decides a run's weights, without options that are off."""
     decisive = {key: value for key, value in made_with.items() if key not in FREE_KEYS}
-    if not decisive.get("own"):
+    if not decisive.get("own"):  # as in runs from before this key, whose fingerprint stays
         decisive.pop("own", None)
     sft = dict(decisive.get("sft") or {})
     if not (sft.get("readout") or {}).get("steps"):
@@ -258,6 +258,8 @@ def binding(made_with: Mapping[str, Any]) -> dict[str, Any]:
 def binding_model(made_with: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a configuration's model that decides its weights."""
     decisive = {**made_with, "trust_remote_code": False}  # each command sets it for itself
+    # Runs from before these keys lack them: at its default a key is left out, so that such a run
+    # keeps its fingerprint and goes on by the same command.
     if decisive.get("quantization") in (Quantization.none, Quantization.none.value):
         del decisive["quantization"]
     if not decisive.get("template_variables"):

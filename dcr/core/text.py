@@ -16,6 +16,7 @@ CHATML = (  # for tokenizers without a chat template
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+CHARACTERS_PER_TOKEN = 4  # of English prose, where tokens are estimated
 LIKENESS = 0.6  # below it, the nearest name is no help
 NEAREST = 3  # names to offer when they are equally near
 ROLES = ("system", "user", "assistant")

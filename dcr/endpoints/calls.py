@@ -96,7 +96,7 @@ def _arrivals(
     ask: Callable[["AsyncOpenAI", int], Awaitable[bytes]],
     read: Callable[[Any], Answer | Failure],
 ) -> Arrivals[Answer]:
-    check(server, node)
+    check(server, node)  # a user's own judge may not have asked, and a key leaves from here
     if not requests:
         return
     waiting = iter(range(requests))

@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from dcr.core import extending, storage
+from dcr.core import extending, storage, text
 from dcr.core.config import ConfigError, Kind, class_of, is_path
 from dcr.core.config.evaluation import EvalConfig
 from dcr.core.evaluation.protocols import Answers, Judge, Judged, Judges, Rules
@@ -43,7 +43,6 @@ from dcr.judges.verdicts import (
 )
 from dcr.outcomes import Outcome, version
 
-CHARACTERS_PER_TOKEN = 4  # of English prose, to estimate a judge's cost
 KEPT_AT_ONCE = 64  # verdicts of a user's own judge
 LABEL = re.compile(r"[\w-]+")  # it names a column and a score
 IDENTITY_FILE = "judge.json"  # the settings that the verdicts beside it depend on
@@ -312,7 +311,7 @@ def _announce(name: str, settings: EvalConfig, waiting: Sequence[Completion], to
     if not isinstance(node, ServerConfig) or not (characters := JUDGES[name].characters):
         print(line)
         return
-    prompt = characters(settings, waiting) // CHARACTERS_PER_TOKEN
+    prompt = characters(settings, waiting) // text.CHARACTERS_PER_TOKEN
     limits = [n for key in COMPLETION_LIMITS if isinstance(n := node.parameters.get(key), int)]
     completion = len(waiting) * max(limits, default=0)
     print(

@@ -78,11 +78,8 @@ def _take(options: Options, chosen: "Selection") -> None:
         print(f"{labelled.annotator}: {len(labelled.labels)} labels of sheet {labelled.sheet}")
     table = agreement.section(chosen)
     assert table is not None
-    console = writing.console(entry.COLUMNS)
-    console.print(
-        "", writing.in_terminal(table), *table.notes, "", SECTIONS["labels"].words[1], sep="\n"
-    )
-    print(writing.printed(console))
+    told = writing.in_terminal(table), *table.notes, "", SECTIONS["labels"].words[1]
+    print(entry.plain_text("", *told))
 
 
 if __name__ == "__main__":

@@ -16,10 +16,10 @@ from dcr.core.config import Method, Precision, Stage, TrainConfig, stages_of
 from dcr.core.data import Splits
 from dcr.core.data.rows import readout_rows
 from dcr.core.runs import Run
+from dcr.core.text import CHARACTERS_PER_TOKEN
 from dcr.plan import cost
 from dcr.plan.cost import Load, Shape, stage_shape
 from dcr.plan.rows import (
-    CHARACTERS_PER_TOKEN,
     batches_of,
     chat_of,
     computed,

@@ -14,10 +14,10 @@ from dcr.core.data import Splits
 from dcr.core.data.rows import ReadoutRow, StageRows
 from dcr.core.prompts import IGNORED, ChatFormat, PairRow, PromptRow
 from dcr.core.sources import Example
+from dcr.core.text import CHARACTERS_PER_TOKEN
 from dcr.plan import cost
 from dcr.plan.cost import Load
 
-CHARACTERS_PER_TOKEN = 4
 # One token a character, and as many control tokens around a turn as ChatML has.
 COUNTING_TEMPLATE = (
     "{% for m in messages %}<|im_start|><|im_start|>\n{{ m.content }}<|im_end|>\n{% endfor %}"

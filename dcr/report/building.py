@@ -10,6 +10,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from dcr import entry
 from dcr.core import storage
 from dcr.core.config import ConfigError, DataError, UserError
 from dcr.core.text import printable
@@ -87,7 +88,7 @@ def _part(name: str, section: Section, made: Any, chosen: Selection) -> Part:
 
 def plain_text(chosen: Selection, parts: Sequence[Part], width: int) -> str:
     """The sections of the terminal as text of at most `width` columns, if the names allow it."""
-    console, columns = writing.console(width), chosen.columns
+    console, columns = entry.console(width), chosen.columns
     models, data = (
         ", ".join(dict.fromkeys(filter(None, (column.about(key) for column in columns))))
         for key in ("model", "data")
@@ -116,7 +117,7 @@ def plain_text(chosen: Selection, parts: Sequence[Part], width: int) -> str:
     sentences = [s for p in parts if isinstance(p.made, Drawing) for s in p.made.sentences]
     for line in (*sentences, *(f"note: {note}" for note in chosen.notes)):
         console.print(line, soft_wrap=True)
-    return writing.printed(console)
+    return entry.printed(console)
 
 
 def _chunks(

@@ -95,7 +95,11 @@ ABLATIONS = {  # the setting of a table's rows, and the key of the paper's rows
     "table4": ("dcr.ratio", "table4_ratio"),
 }
 COSTS = {"minutes": "device minutes", "memory": "peak memory, GB", "speed": "tokens a second"}
-COSTLY = {"contrastive": ("stage one", "dcr"), "sft": ("SFT", "alignment")}  # ours, the paper's
+COSTLY = {  # ours, and the paper's, which has no readout
+    "contrastive": ("stage one", "dcr"),
+    "sft": ("SFT", "alignment"),
+    "readout": ("readout", None),
+}
 GB = 2**30 / 1e9  # in a GiB
 SUITE_LEGEND = (
     "Compliance by XSTest's keyword rules. Ours with 95% intervals: Wilson, combined for the mean "
@@ -238,7 +242,7 @@ def costs(chosen: Selection) -> TextTable:
         ours += [mean_row(group, ours) for group in chosen.groups if not group.less]
         rows += [row for row in ours if row.cells]
         for model, by_stage in facts()["table2_cost"].items():
-            if model != "units":
+            if model != "units" and theirs:
                 told = by_stage[theirs]
                 minutes = Cell(float(told["time"].strip("<~")), text=told["time"])
                 memory = Cell(told["memory_gb"], percent=False)

@@ -1,7 +1,6 @@
 """A table of texts as Markdown, LaTeX, HTML and CSV by pandas, and in the terminal by rich."""
 
 import html
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,7 +9,6 @@ import jinja2
 import pandas as pd
 from markupsafe import Markup
 from rich import box
-from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -115,19 +113,6 @@ def templates(escaping: bool = True) -> jinja2.Environment:
 
 
 # --- the terminal -------------------------------------------------------------------------------
-
-
-def console(width: int) -> Console:
-    """A console that prints into a text, which `printed` gives without blanks at line ends."""
-    return Console(
-        width=width, file=io.StringIO(), color_system=None, force_terminal=False, markup=False,
-        emoji=False, highlight=False,
-    )  # fmt: skip
-
-
-def printed(console: Console) -> str:
-    assert isinstance(console.file, io.StringIO)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
 
 def bare() -> RichTable:

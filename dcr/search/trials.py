@@ -180,7 +180,9 @@ def _measured(search: Search, job: Job) -> list[float]:
     run = job.run
     file = run.folder / f"{search.name}.json"
     run.folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{run.folder}.lock"):  # a trial of the same point waits
+    # The lock of the search's folder keeps other commands out, not two workers of this one from the
+    # same point: the second waits, where `storage.locked` would fail it.
+    with FileLock(f"{run.folder}.lock"):
         if not file.exists():
             for part in job.parts():
                 if not part.done():

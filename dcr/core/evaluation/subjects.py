@@ -318,6 +318,7 @@ def read_openings(
 def _further(model: ModelConfig) -> list[object]:
     """Settings that prompts and refusals' openings also depend on; none where all are defaults."""
     kept = [model.template_variables, model.close_thoughts, model.language.value]
+    # as in evaluations from before these settings, whose answers are so found again
     return [] if kept == [{}, None, "en"] else kept
 
 

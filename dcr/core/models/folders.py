@@ -49,7 +49,7 @@ class Origin:
 
     base: str
     fingerprint: str | None
-    quantization: Quantization = Quantization.none  # of the base; not written where there is none
+    quantization: Quantization = Quantization.none  # of the base; older adapters lack it
 
 
 def save_full(policy: Policy, folder: Path) -> None:
@@ -75,7 +75,7 @@ def save_adapter(
         "base": os.path.relpath(name, folder.resolve()) if local else name,
         "fingerprint": weights_fingerprint(Path(base)) if local else None,
     }
-    if is_quantised(policy.model):
+    if is_quantised(policy.model):  # else the file is as in older adapters
         told["quantization"] = Quantization.nf4.value
     with replaced_folder(folder) as staging:
         for settings in policy.model.peft_config.values():
