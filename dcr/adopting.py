@@ -114,23 +114,29 @@ def _take_over(
     block, cost_file = donor.block(), donor.cost_file(name)
     spent = storage.read_json(cost_file, Cost) if cost_file.exists() else None
     with storage.locked(run.folder):
-        storage.write_json(run.adopted_file, adopted(run) | {name: donor.folder.name})
-        storage.write_json(run.base_file, _by_stage(run.base_file) | {name: started})
-        runs.forget_metrics_beyond(run, name, 0)
-        runs.append_metrics(run, ([row[key] for key in runs.METRIC_FIELDS] for row in logged))
-        if block is not None and stage is Stage.contrastive:
-            storage.write_json(run.layer_file, {"block": block})
-        if spent is not None:
-            storage.write_json(run.cost_file(name), asdict(spent))
         for source, target in (
             (donor.tracked(name), run.tracked(name)),
             *([(donor.snapshots, run.snapshots)] if stage is Stage.sft else []),
-            (weights, run.stage(name)),  # last: with it the stage is done
         ):
             if source.is_dir():
                 with storage.replaced_folder(target) as staging:
-                    shutil.copytree(source, staging, copy_function=_link, dirs_exist_ok=True)
+                    _copy(source, staging)
+        with storage.replaced_folder(run.stage(name)) as staging:  # its end makes the stage done
+            _copy(weights, staging)
+            # only now: a run that failed to take it over trains the stage itself
+            storage.write_json(run.adopted_file, adopted(run) | {name: donor.folder.name})
+            storage.write_json(run.base_file, _by_stage(run.base_file) | {name: started})
+            runs.forget_metrics_beyond(run, name, 0)
+            runs.append_metrics(run, ([row[key] for key in runs.METRIC_FIELDS] for row in logged))
+            if block is not None and stage is Stage.contrastive:
+                storage.write_json(run.layer_file, {"block": block})
+            if spent is not None:
+                storage.write_json(run.cost_file(name), asdict(spent))
     return True
+
+
+def _copy(source: Path, target: Path) -> None:
+    shutil.copytree(source, target, copy_function=_link, dirs_exist_ok=True)
 
 
 def _link(source: str, target: str) -> None:

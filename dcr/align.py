@@ -23,6 +23,7 @@ from dcr import eval as evaluation
 from dcr.core import config, machine, refusal, storage
 from dcr.core.config import ConfigError, DataConfig, DataError, Kind, Stage, TrainConfig
 from dcr.core.config.evaluation import EvalConfig
+from dcr.core.evaluation import sets
 from dcr.core.runs import Run
 from dcr.core.sources import SOURCES
 from dcr.ending import single_line
@@ -116,10 +117,12 @@ def _aligned(
     stl, notes = _safe(out, base, training, evaluating)
     settings = _training(dcr)
     key = [config.plain(settings.model), config.plain(settings.data), settings.seed]
-    chosen, why = _stage_one(out, settings, training, key)
+    probed = [settings.dcr.pooling, settings.dcr.precision]
+    chosen, why = _stage_one(out, settings, training, [*key, *probed])
     rung = stl.name.split()[1:]
     dcr = study.job_of(out, "DCR", [*DCR, *rung, *chosen, *training], evaluating)
-    gate = out / f"gate-{storage.fingerprint(key)}" if gated else None
+    pairs = [config.plain(settings.sft.readout), settings.sft.precision]  # that a gate learns
+    gate = out / f"gate-{storage.fingerprint([*key, *pairs])}" if gated else None
     if gate:
         work = functools.partial(_train_gate, settings, gate)
         study.do_all([Part("gate", "training", (gate / gating.RECORD).exists, work)])
@@ -162,7 +165,9 @@ def _at_safety(job: Job, settings: EvalSettings) -> Part:
     def work() -> None:
         try:
             part.work()
-        except ConfigError as error:  # all else that it refuses was told before training
+        except ConfigError as error:
+            if not str(error).startswith("calibrate="):  # all else can be mended
+                raise
             storage.write_json(_unreached_file(job, settings), str(error))
 
     return replace(part, done=done, work=work)
@@ -179,9 +184,15 @@ def _unreached(job: Job, asked: Sequence[EvalSettings], stl: Job) -> Iterator[st
     for file in (_unreached_file(job, settings) for settings in asked):
         if file.exists():
             yield storage.read_json(file, str, f"delete {file}, and the same command tries again")
+    chosen_on = [
+        {sets.set_name(name) for kind in ("toxic", "seemingly_toxic") for name in getattr(of, kind)}
+        for of in (settings.node(calibration.CalibrationConfig) for settings in asked)
+    ]
     for file in sorted(job.run.folder.glob("eval/*/metrics.json")):
         found = results.read(file).calibration
         if found is None or found.run != stl.run.folder.name or found.target is None:
+            continue
+        if set(found.sets) not in chosen_on:  # an earlier command's, on other prompts
             continue
         toxic = [of for of in found.sets.values() if of.kind is Kind.toxic]
         refused, n = sum(of.refused for of in toxic), sum(of.n for of in toxic)

@@ -7,10 +7,17 @@ from typing import TYPE_CHECKING
 
 from dcr import ending, entry, extensions, keywords
 from dcr.core import machine, prompts, refusal
-from dcr.core.config import ConfigError, ModelConfig, Precision, resolving
+from dcr.core.config import (
+    ConfigError,
+    DataError,
+    ModelConfig,
+    Precision,
+    UserError,
+    resolving,
+)
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
-from dcr.core.text import conversation
+from dcr.core.text import conversation, encodable
 
 if TYPE_CHECKING:
     from dcr.core.models import Policy
@@ -177,7 +184,7 @@ def main(options: Options) -> None:
         elif message:
             try:
                 answer, mass = dialogue.ask(message)
-            except ConfigError as error:
+            except UserError as error:
                 _aside(str(error))
                 continue
             verdict = keywords.recommended(answer)
@@ -188,9 +195,11 @@ def main(options: Options) -> None:
 def _line() -> str | None:
     """The user's next line, None at the end of input."""
     try:
-        return input("> " if sys.stdin.isatty() else "").strip()
+        return encodable(input("> " if sys.stdin.isatty() else "").strip())
     except EOFError:
         return None
+    except UnicodeDecodeError as error:
+        raise DataError(f"input: {error.reason} at byte {error.start + 1}; send UTF-8") from None
 
 
 def _aside(text: str) -> None:

@@ -428,10 +428,11 @@ def _in_child(work: Callable[[], object], sending: Connection, parent: int) -> N
     except KeyboardInterrupt:
         fault = StudyError("stopped")
     except UserError as error:
-        fault = StudyError(str(error), error.exit_code)
+        fault = StudyError(single_line(error), error.exit_code)
     except Exception as error:
         traceback.print_exc()
-        fault = StudyError(f"{type(error).__name__}: {error}")
+        # cut: a longer text than a pipe holds would wait for a reader who waits for the child's end
+        fault = StudyError(single_line(f"{type(error).__name__}: {error}"))
     sending.send(fault)
     sys.exit(1)
 

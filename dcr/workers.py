@@ -149,7 +149,7 @@ def _begin(
     ending.end_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C reaches all; the first one ends us
     trainer, number = subject.settings.trainer, numbers.get()
-    torch.set_num_threads(trainer.threads or threads)
+    torch.set_num_threads(threads)
     if trainer.accelerator != "cpu" and torch.cuda.is_available():
         torch.cuda.set_device(number)
     passes.use(current)

@@ -174,7 +174,6 @@ def test_a_lasting_fault_ends_as_a_failure_after_the_retries(fault: str) -> None
         (FAULTS["no_content"], "invalid", "no text"),
         (FAULTS["filtered"], "invalid", "content filter"),
         (FAULTS["filtered_prompt"], "invalid", "content filter"),
-        (completion(None, refusal="I will not"), "invalid", "refused: I will not"),
         (rejected(400, "flagged", code="content_policy_violation"), "invalid", "filter"),
         (rejected(400, "This model's maximum context length is 8"), "invalid", "context"),
         (rejected(400, "too long", code="context_length_exceeded"), "invalid", "too long"),
@@ -195,6 +194,13 @@ def test_a_row_without_a_reply_is_told_apart_and_not_asked_again(
     assert len(made.requests) == 1
 
 
+def test_a_refusal_in_a_field_of_its_own_is_the_answer() -> None:
+    with scripted(lambda body: completion(None, refusal="I will not")) as made:
+        (found,) = ask(server(made.url), ["one"]).values()
+    assert isinstance(found, Reply)
+    assert found.text == "I will not"
+
+
 def test_half_a_character_in_an_answer_becomes_one_that_can_be_stored() -> None:
     def said(body: dict[str, Any]) -> Any:
         if "input" in body:
@@ -209,7 +215,8 @@ def test_half_a_character_in_an_answer_becomes_one_that_can_be_stored() -> None:
             server(made.url), HTTPConfig(), ["text"], node="moderation"
         )
     assert found[0] == Reply("\U0001f600 \ufffd", "\ufffd", ({"\ufffd": -1.0},), 7, 3)
-    assert found[1] == Failure("invalid", "the model refused: \ufffd")
+    assert isinstance(found[1], Reply)
+    assert found[1].text == "\ufffd"
     assert isinstance(flagged, Moderation)
     assert flagged.categories == ("half \ufffd",)
 

@@ -600,6 +600,23 @@ def test_chat_answers_forgets_and_ends(
     assert "\x1b" not in again  # not a terminal
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_chat_takes_a_line_that_is_no_utf8_as_far_as_it_goes(
+    made: Made,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    strict: bool,
+) -> None:
+    """Python reads such bytes as halves of characters where the locale is plain."""
+    errors = "strict" if strict else "surrogateescape"
+    sent = io.TextIOWrapper(io.BytesIO(b"h\xffello\n"), encoding="utf-8", errors=errors)
+    monkeypatch.setattr(sys, "stdin", sent)
+    code = chat.main([f"run={made.run.folder}", "gen.max_new_tokens=5"])
+    told = capsys.readouterr()
+    assert (code, "refusal mass" in told.out) == ((2, False) if strict else (0, True))
+    assert ("error: input: invalid start byte at byte 2; send UTF-8" in told.err) == strict
+
+
 def test_chat_answers_behind_a_gate(
     made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

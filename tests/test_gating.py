@@ -193,9 +193,12 @@ def test_what_is_stored_opens_neither_gate_nor_weights_and_a_threshold_scores_no
 ) -> None:
     gate = write_gate(tmp_path / "gate")
     first = evaluated(tmp_path, f"gate={gate}")
+    reworded = ["tasks=[robustness]", "robustness.attacks=[third_person]", f"gate={gate}"]
+    evaluated(tmp_path, *reworded)
     monkeypatch.setattr(classifier, "open_gate", None)
     second = evaluated(tmp_path, f"gate={gate}", "gating.threshold=0.4")
     assert second["folder"] != first["folder"]
+    evaluated(tmp_path, *reworded, "gating.threshold=0.4")
     monkeypatch.setattr(subjects, "opened", None)
     assert evaluated(tmp_path, f"gate={gate}")["folder"] == first["folder"]
     with pytest.raises(TypeError):  # another gate's answers are its own
@@ -289,6 +292,10 @@ def test_calibration_chooses_the_threshold_on_its_own_prompts(
             r"calibration.toxic=\[harmfulq\]: the gate was trained on it",
         ),
         (
+            ("gate={gate}", "calibrate=0.8", "calibration.toxic=[some/where/mine.jsonl]"),
+            r"calibration.toxic=\[mine.jsonl\]: the gate was trained on it",
+        ),
+        (
             ("gate={gate}", "endpoint=http://127.0.0.1:9/v1", "endpoint_model=m", "~model"),
             "a gate stands before weights that are here",
         ),
@@ -297,7 +304,7 @@ def test_calibration_chooses_the_threshold_on_its_own_prompts(
 def test_what_a_gate_cannot_do_is_said_in_one_line(
     tmp_path: Path, overrides: Sequence[str], words: str
 ) -> None:
-    gate = write_gate(tmp_path / "gate", learnt=["harmfulq"])
+    gate = write_gate(tmp_path / "gate", learnt=["harmfulq", "mine.jsonl"])
     given = [word.format(gate=gate, conf=CONF) for word in overrides]
     with pytest.raises(ConfigError, match=words):
         metrics.check(*resolved(tmp_path, *given))

@@ -7,8 +7,10 @@ import pytest
 import yaml
 
 from dcr.core import sources
-from dcr.core.config import DataConfig, EvaluationSets, Kind
+from dcr.core.config import ConfigError, DataConfig, EvaluationSets, Kind
 from dcr.core.evaluation import metrics, sets
+from dcr.core.evaluation.sets import PromptSet
+from dcr.core.generation import Completion
 from dcr.core.sources import SOURCES
 from dcr.extensions import TABLE, EvalSettings
 from dcr.steering import SteeringConfig
@@ -112,3 +114,9 @@ def test_a_file_named_like_a_hub_set_takes_its_place_in_pairs(tmp_path: Path) ->
     (found,) = sets.of_tasks(["safety"], config, None, seed=0)
     assert "orbench_hard / orbench_toxic" in sets.pairs_of([found.name, "orbench_hard"])
     assert sources.read(str(path), kind=Kind.toxic) == found.rows
+
+
+def test_two_sets_of_one_name_do_not_share_a_file(tmp_path: Path) -> None:
+    two = [PromptSet("heldout", kind, []) for kind in (Kind.toxic, Kind.seemingly_toxic)]
+    with pytest.raises(ConfigError, match="heldout: two sets have this name"):
+        sets.kept(two, lambda rows: iter([]), tmp_path, Completion, "asking", False)

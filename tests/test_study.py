@@ -290,6 +290,14 @@ def test_costs_are_scaled_to_all_steps_and_told_once(tmp_path: Path) -> None:
     assert r"\textasciitilde 21" in (tmp_path / "table2.tex").read_text()
 
 
+def test_an_error_of_any_length_ends_a_part() -> None:
+    def work() -> None:
+        raise RuntimeError("no " * 100_000)  # more than a pipe holds
+
+    with pytest.raises(study.StudyError, match=r"^RuntimeError: no no .{1,2000}$"):
+        study.in_fork(work)
+
+
 def test_what_a_part_said_of_a_template_the_next_does_not_say(tmp_path: Path) -> None:
     def work() -> None:
         kept = logging.FileHandler(tmp_path / "log")

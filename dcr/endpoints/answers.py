@@ -72,8 +72,8 @@ class Failure:
 def reply(body: JSON) -> Reply | Failure:
     """The first choice of a chat completion.
 
-    An answer without choices or text, with a refusal in the server's own field, or cut off by a
-    content filter is Failure("invalid"). Text may be empty: some models answer nothing.
+    An answer without choices or text, or cut off by a content filter is Failure("invalid"). A
+    refusal in the server's own field is the text. Text may be empty: some models answer nothing.
     """
     choice = _first(_field(body, "choices"))
     message = _field(choice, "message")
@@ -83,9 +83,7 @@ def reply(body: JSON) -> Reply | Failure:
     finish = str(_field(choice, "finish_reason") or "")
     if finish == "content_filter":
         return Failure("invalid", "stopped by the server's content filter")
-    if refusal := _field(message, "refusal"):
-        return Failure("invalid", f"the model refused: {refusal}")
-    text = _text(_field(message, "content"))
+    text = _text(_field(message, "refusal") or _field(message, "content"))
     if text is None and any(_field(message, key) for key in THOUGHTS):
         text = ""  # the limit came before the answer
     if text is None:

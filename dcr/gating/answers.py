@@ -26,7 +26,7 @@ from dcr.core.generation import Completion, OpeningBias
 from dcr.core.models import Policy, folders
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
-from dcr.core.sources import Example
+from dcr.core.sources import SOURCES, Example
 from dcr.gating import SHUT, GatingConfig, classifier, folder_of
 
 PLACE = "gates"  # in a run's folder: scores by gate and set, which no threshold changes
@@ -152,7 +152,9 @@ def check(settings: EvalConfig, made_with: Mapping[str, Any]) -> None:
     parts = record["made_with"].get("pairs", {}).items()
     learnt = {n for kind, of in parts if not kind.endswith("heldout") for n in of["sources"]}
     for kind in ("toxic", "seemingly_toxic"):
-        if both := learnt & {*getattr(settings.node(CalibrationConfig), kind)}:
+        named = getattr(settings.node(CalibrationConfig), kind)
+        # a gate remembers a file by its name, without the folders of the machine that trained it
+        if both := learnt & {n if n in SOURCES else Path(n).name for n in named}:
             raise ConfigError(
                 f"calibration.{kind}=[{min(both)}]: the gate was trained on it; name prompts of "
                 "another origin"

@@ -114,7 +114,8 @@ def read_run(folder: Path) -> RunRecord:
         notes.append(lack)
     for place in sorted(folder.glob("eval/*/")):
         # a folder of plain answers may hold only the prompts that a calibration was chosen on
-        calibrated = (place / "opening.json").exists() and not any(place.glob("*.jsonl"))
+        begun = ("opening.json", "forks")
+        calibrated = any((place / n).exists() for n in begun) and not any(place.glob("*.jsonl"))
         if not (calibrated or (place / "metrics.json").exists()):
             notes.append(f"{place}: skipped, no metrics.json; the evaluation did not finish")
     config: dict[str, Any] = {}

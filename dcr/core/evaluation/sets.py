@@ -148,8 +148,12 @@ def kept(
     """Every record of each set's file in `folder`; what is missing is asked for and stored.
 
     The sets are asked together, so that batches stay full and of one length. A row that `ask`
-    leaves out (a server that failed) is absent from the result, and asked next time.
+    leaves out (a server that failed) is absent from the result, and asked next time. Raises
+    ConfigError for two sets of one name, which would share a file.
     """
+    names = [prompt_set.name for prompt_set in prompt_sets]
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise ConfigError(f"{twice[0]}: two sets have this name; rename one of their files")
     homes: dict[str, list[tuple[str, str]]] = {}  # a prompt may stand in several sets
     rows: dict[str, Example] = {}
     for prompt_set in prompt_sets:
@@ -177,12 +181,9 @@ def kept(
 def _of_rows(folder: Path, prompt_set: PromptSet, schema: type[Record]) -> list[Record]:
     """The stored records of the set's rows, in their order; none of a prompt that has changed."""
     lines = storage.read_lines(folder / f"{prompt_set.name}.jsonl", schema)
-    done = {record.id: record for record in lines}
-    return [
-        done[row.id]
-        for row in prompt_set.rows
-        if row.id in done and done[row.id].prompt == row.prompt
-    ]
+    done = {(record.id, record.prompt): record for record in lines}
+    asked = ((row.id, row.prompt) for row in prompt_set.rows)
+    return [done[row] for row in asked if row in done]
 
 
 class Unanswered(UserError):
