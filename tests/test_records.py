@@ -280,6 +280,43 @@ def test_a_line_of_a_table_may_be_of_another_record(records: Path) -> None:
     assert pages.rendered(shown, records) == shown
 
 
+def test_a_number_in_a_sentence_has_its_interval_where_the_mark_asks(records: Path) -> None:
+    mark = "It is <!-- record one name=stl metric=refused as={} interval -->1<!-- /record -->."
+    assert ">0.50 [0.40–0.60]<" in pages.rendered(mark.format(".2f"), records)
+    assert ">+0.50 [+0.40, +0.60]<" in pages.rendered(mark.format("+.2f"), records)
+
+
+def test_looks_are_listed_from_their_ledgers(records: Path) -> None:
+    place = records.parent / pages.LEDGERS
+    place.mkdir()
+    looks = {
+        "one": [
+            ("2026-01-02T03:04:05+00:00", "a", {"bad": 3, "safe": 4}),
+            ("2026-01-01T09:00:00+00:00", "a", {"bad": 3}),
+            ("2026-01-01T10:00:00+00:00", "b", {"safe": 5}),
+        ],
+        "two": [("2026-01-03T00:00:00+00:00", "a", {"bad": 20})],
+    }
+    for name, lines in looks.items():
+        rows = [
+            {"at": at, "plan": "p", "run": "r", "weights": weights, "tasks": [], "sets": sets}
+            for at, weights, sets in lines
+        ]
+        storage.append_lines(place / f"{name}.looks.jsonl", rows)
+    text = "Looks:\n\n<!-- looks -->\n| old |\n<!-- /looks -->\n"
+    shown = pages.rendered(text, records)
+    assert "| [one](evidence/one.yaml) | 3 | 2 | 7 | 2026-01-01 09:00 | 2026-01-02 03:04 |" in shown
+    assert (
+        "| [two](evidence/two.yaml) | 1 | 1 | 20 | 2026-01-03 00:00 | 2026-01-03 00:00 |" in shown
+    )
+    assert "| all | 4 |  | 20 | 2026-01-01 09:00 | 2026-01-03 00:00 |" in shown
+    assert "old" not in shown
+    assert pages.rendered(shown, records) == shown
+    # a look that the page does not have
+    (place / "two.looks.jsonl").write_text((place / "one.looks.jsonl").read_text())
+    assert pages.rendered(shown, records) != shown
+
+
 def test_rates_of_all_sets_are_those_of_all_their_answers(records: Path) -> None:
     text = (records / "one.csv").read_text().splitlines()
     (line,) = [line for line in text if ",bad," in line and line.startswith("stl,")]
@@ -346,7 +383,7 @@ APART = (
     re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE),
     re.compile(r"^ {4,}.*$", re.MULTILINE),
     re.compile(r"`[^`]*`"),
-    re.compile(r"<!-- record(s?) .*?<!-- /record\1 -->", re.DOTALL),
+    re.compile(r"<!-- (records?|looks) .*?<!-- /\1 -->", re.DOTALL),
     re.compile(r"<!--.*?-->", re.DOTALL),
     re.compile(r"\]\([^)]*\)"),
     re.compile(r"^\d+\. ", re.MULTILINE),
@@ -410,7 +447,7 @@ def sections(text: str) -> Iterator[tuple[str, str]]:
 
 
 def test_documents_show_what_their_records_hold() -> None:
-    """Where this fails, `make docs` writes the numbers, and tells those that became stale."""
+    """Where this fails, `make docs` writes numbers and looks, and tells what became stale."""
     differ = [
         page.name
         for page in DOCUMENTS

@@ -1,7 +1,7 @@
 """The command that writes numbers of records into pages, between marks that a reader does not see.
 
 Its syntax stands in docs/evidence.md: a mark with lines is a table, one without a number in a
-sentence, and `<!-- records -->` lists all records.
+sentence; `<!-- records -->` lists all records, and `<!-- looks -->` all looks at rows kept apart.
 """
 
 import csv
@@ -10,13 +10,14 @@ import math
 import re
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dcr import entry, inference
 from dcr.core import storage
 from dcr.core.config import ConfigError, DataError
+from dcr.looks import counting
 from dcr.record import origins
 from dcr.record.writing import FROM, NUMBER, OF, RECORDS
 
@@ -25,7 +26,8 @@ MARKED = re.compile(
     rf"{CODE}|(<!-- record (\S+) (.*?)-->).*?(<!-- /record -->)", re.DOTALL | re.MULTILINE
 )
 ALL = "*"  # sets, together
-LISTED = re.compile(r"(<!-- records -->\n).*?(<!-- /records -->)", re.DOTALL)
+LISTED = re.compile(r"(<!-- (records|looks) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
+LEDGERS, LEDGER = "evidence", ".looks.jsonl"  # the folder beside the records, and its files
 Row = dict[str, str]
 
 
@@ -57,6 +59,8 @@ def main(options: Options) -> None:
 def rendered(text: str, records: Path) -> str:
     """A page with the numbers of records between its marks; a table without a record is empty.
 
+    The ledgers of looks are those of the folder beside `records`.
+
     Raises DataError for a number that no record has, or several, ConfigError for a wrong mark.
     """
 
@@ -70,11 +74,17 @@ def rendered(text: str, records: Path) -> str:
             return f"{begins}\n{_table(records, name, head, lines) if file.is_file() else ''}{ends}"
         if text[: mark.start()].rpartition("\n")[2] == "":
             raise ConfigError(f"{begins}: begins a line, where Markdown takes it for a block")
-        found, how = _found(read(file), _words(head))
-        return f"{begins}{_shown(found, how)}{' (stale)' if stale(found) else ''}{ends}"
+        words = _words(head)
+        interval = words.pop("interval", None) is not None
+        found, how = _found(read(file), words)
+        shown = _shown(found, how, ends=interval)
+        return f"{begins}{shown}{' (stale)' if stale(found) else ''}{ends}"
 
-    text = MARKED.sub(written, text)
-    return LISTED.sub(lambda mark: f"{mark[1]}{_list(records)}{mark[2]}", text)
+    def listed(mark: re.Match[str]) -> str:
+        rows = _list(records) if mark[2] == "records" else _looks(records.parent / LEDGERS)
+        return f"{mark[1]}{rows}{mark[3]}"
+
+    return LISTED.sub(listed, MARKED.sub(written, text))
 
 
 def read(file: Path) -> list[Row]:
@@ -182,6 +192,28 @@ def _list(records: Path) -> str:
         link = f"[{file.stem}]({records.name}/{file.name})"
         cells.append([link, *_origin(rows), str(len(rows)), late or "none"])
     return f"\n{_lines(cells)}\n\n" if cells[1:] else ""
+
+
+def _looks(ledgers: Path) -> str:
+    """A table of the looks that each plan led to, and of all looks."""
+    cells = [["plan", "looks", "models and gates", "rows asked at most", "first, UTC", "last, UTC"]]
+    every: list[counting.Look] = []
+    for file in sorted(ledgers.glob(f"*{LEDGER}")):
+        name, looks = file.name.removesuffix(LEDGER), storage.read_lines(file, counting.Look)
+        every += looks
+        weights = str(len({look.weights for look in looks}))
+        asked, first, last = _extent(looks)
+        link = f"[{name}]({ledgers.name}/{name}.yaml)"
+        cells.append([link, str(len(looks)), weights, asked, first, last])
+    # no number of models: one may stand under several plans, and gates of two plans share a name
+    total = ["all", str(len(every)), "", *_extent(every)] if every else []
+    return f"\n{_lines([*cells, total])}\n\n" if total else ""
+
+
+def _extent(looks: Sequence[counting.Look]) -> tuple[str, str, str]:
+    """The most rows that a look asked, and when the first and the last look began."""
+    times = sorted(look.at[:16].replace("T", " ") for look in looks)
+    return str(max(sum(look.sets.values()) for look in looks)), times[0], times[-1]
 
 
 def _origin(rows: list[Row]) -> list[str]:
