@@ -1,9 +1,13 @@
-"""The evaluation prompts that a run was trained on: equal, nearly equal, or with words in a row."""
+"""The evaluation prompts that a run was trained on: equal, nearly equal, or with words in a row.
+
+They are counted here, and shown as a section of the page.
+"""
 
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from dcr.core import sources
 from dcr.core.config import DataConfig, DataError, Kind
@@ -12,6 +16,11 @@ from dcr.core.evaluation.sets import PromptSet
 from dcr.core.runs import Run
 from dcr.core.sources import Example
 from dcr.core.text import normalise
+
+if TYPE_CHECKING:
+    from dcr.report.grids import Cell, Grid
+    from dcr.report.sections import Selection
+    from dcr.results.schema import Overlap
 
 log = logging.getLogger(__name__)
 
@@ -179,3 +188,25 @@ def _sharing(texts: Iterable[str], index: Index, shortest: int) -> set[int]:
                 if tuple(words[start : start + len(phrase)]) == phrase:
                     sharing.update(places)
     return sharing
+
+
+def section(chosen: "Selection") -> "Grid":
+    """Contamination.
+
+    Evaluation prompts found among the rows that the run was trained on: the same text, nearly the
+    same, or sharing long runs of words.
+    """
+    from dcr.report import grids  # an evaluation counts without what draws the page
+
+    columns, overlaps = chosen.columns, [c.evaluation.contamination for c in chosen.columns]
+    touched = {name for by_name in overlaps for name, of in by_name.items() if of.any}
+
+    def cell(of: "Overlap") -> "Cell":
+        by_source = ", ".join(f"{source} {n}" for source, n in of.by_source.items())
+        return grids.words(f"{grids.ways_of(of)} of {of.n}", by_source)
+
+    rows = grids.rows_by_key(columns, lambda e: e.contamination, cell)
+    rows = [replace(row, page_only=row.label not in touched) for row in rows]
+    title = "Evaluation prompts among the rows trained on: exact / near / n-gram"
+    short = "in training: exact / near / n-gram"
+    return grids.Grid.of(columns, f"{grids.CONTAMINATED} {title}", short, rows)

@@ -11,6 +11,7 @@ import pytest
 from test_report import build, change, columns, make_eval, make_run, parsed, rows_of, selection
 
 from dcr import inference
+from dcr.judges import section as judges
 from dcr.report import comparisons, grids, paper, tables, writing
 from dcr.report.grids import Cell, text_of
 from dcr.report.paper import PaperRow, facts
@@ -92,7 +93,7 @@ def rows_by(table: TextTable, source: str = "ours") -> list[dict[str, Any]]:
 
 
 def test_what_judges_counted_by_hand(tmp_path: Path) -> None:
-    rows = rows_of(tables.judged(selection(suite(tmp_path / "a"))).blocks)
+    rows = rows_of(judges.judged(selection(suite(tmp_path / "a"))).blocks)
     by = "compliance by LLM judge, strict, %"
     for row, share in {
         "xstest_safe": 0.7,
@@ -149,7 +150,7 @@ def test_agreement_ability_and_quality(tmp_path: Path) -> None:
     rows = "".join(html.split())  # each cell stands on a line of its own
     assert "<td>10</td><td>5</td><td>2</td><td>1</td><td>3</td><td>0.50</td>" in rows
     # the second one's labels come in the other order: both complied comes first all the same
-    assert [1, 2, 1, 90] in map(tables.confusion, read_run(run).evaluations[0].agreement)
+    assert [1, 2, 1, 90] in map(judges.confusion, read_run(run).evaluations[0].agreement)
     assert "<td>46</td><td>31</td><td>4</td><td>2</td><td>9</td><td>0.62</td>" in rows
     assert re.search(r"arc_easy acc +70\.0 \[66–74\]\n +arc_easy acc_norm +60\.0 \[54–66\]", text)
     assert "mmlu acc_norm" not in text
@@ -159,7 +160,7 @@ def test_agreement_ability_and_quality(tmp_path: Path) -> None:
     assert quality is not None
     named = {"gpt-4o-mini-2024-07-18": False, "openai/gpt-oss-20b": True, "some/gpt": True}
     for annotator, local in named.items():
-        told = tables.annotator_name(quality.model_copy(update={"annotator": annotator}))
+        told = paper.annotator_name(quality.model_copy(update={"annotator": annotator}))
         assert ("local annotator" in told) is local
 
 

@@ -211,6 +211,12 @@ def test_the_files_that_decide_a_metric_are_there() -> None:
         assert [name for name in place if not (ROOT / name).exists()] == []
 
 
+@pytest.mark.parametrize(("folder", "metric"), [("ability", "acc"), ("quality", "win_rate")])
+def test_all_files_of_a_measure_but_its_section_decide_it(folder: str, metric: str) -> None:
+    files = {file.relative_to(ROOT).as_posix() for file in (ROOT / "dcr" / folder).glob("*.py")}
+    assert {*origins.MEASURED_BY[metric]} == files - {f"dcr/{folder}/section.py"}
+
+
 # --- pages --------------------------------------------------------------------------------------
 
 

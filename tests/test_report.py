@@ -1021,6 +1021,6 @@ def test_outcomes_stand_by_kind_in_a_table_and_in_bars_that_add_up(tmp_path: Pat
     text, html = build(tmp_path, run, plain)
     assert "outcome" in text
     assert "Outcomes by kind of prompt" in html
-    assert not tables.judged(chosen)
+    assert not chosen.section("judges")
     assert not outcomes.table(selection(plain))
     assert not outcomes.bars(selection(plain))

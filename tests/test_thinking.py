@@ -29,6 +29,8 @@ from dcr.endpoints import HTTPConfig, ServerConfig, answers
 from dcr.endpoints import subject as served
 from dcr.extensions import EvalSettings
 from dcr.report import building
+from dcr.report.records import read_run
+from dcr.report.sections import Selection
 from dcr.thinking import reasoning
 from tests import tiny_run
 from tests.shapes import TINY
@@ -283,6 +285,17 @@ def test_answers_begin_behind_thoughts(
     assert found["settings"]["thinking"] == 40
     building.build([folder.parents[1]], tmp_path / "page.html")
     assert "refused in the thought alone" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    shown = Selection.of([read_run(folder.parents[1])]).section("thoughts").blocks
+    shares = {
+        (block.short, row.label): (cell.estimate, cell.n)
+        for block in shown
+        for row in block.rows
+        for cell in row.values
+    }
+    assert shares["thoughts, toxic, %", "refused in the thought alone"] == (1 / 3, 3)
+    assert shares["thoughts, toxic, %", "refused in neither"] == (0, 3)
+    assert shares["thoughts, seemingly toxic, %", "refused in neither"] == (1, 3)
+    assert shares["thoughts, seemingly toxic, %", "thought cut at the budget"] == (1 / 3, 3)
     monkeypatch.setattr(subjects, "opened", None)  # everything is stored
     assert (
         evaluated(tmp_path, "tasks=[over_refusal,safety,discernment]")[1]["sets"] == found["sets"]

@@ -27,14 +27,17 @@ RANKING = (
     "dcr/core/refusal/opening.py",
     "dcr/core/statistics.py",
 )
+# without their sections of the page, which show numbers and decide none
+ABILITY = ("dcr/ability/__init__.py", "dcr/ability/questions.py", "dcr/ability/scores.py")
+QUALITY = ("dcr/quality/__init__.py", "dcr/quality/win_rates.py")
 # The files that decide a metric, by its first word; any other is counted by `RULES`. How a model
 # answers is not among them: tests/goldens holds that.
 MEASURED_BY = {
     **dict.fromkeys(("discernment", "answered_at_safety", "refused_at_over_refusal"), RANKING),
     **dict.fromkeys(("kernel", "separability", "claims"), ("dcr/analyses",)),
     "refusal_probability": ("dcr/analyses", *RANKING),
-    **dict.fromkeys(("acc", "acc_norm"), ("dcr/ability",)),
-    **dict.fromkeys(("win_rate", "length_controlled", "discrete"), ("dcr/quality",)),
+    **dict.fromkeys(("acc", "acc_norm"), ABILITY),
+    **dict.fromkeys(("win_rate", "length_controlled", "discrete"), QUALITY),
     "calibration": ("dcr/calibration", *RULES[:1]),
     "agreement": (*RULES[:2], "dcr/outcomes", "benchmarks/keywords.py", "benchmarks/outcomes.py"),
     "balance": ("dcr/balance.py", "dcr/contrasts", *RANKING[2:]),

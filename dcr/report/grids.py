@@ -24,6 +24,7 @@ INTERVALS = (
     "for AUROC; ±1.96 standard errors for ability). ± after a win rate: its standard error."
 )
 KEYWORD, OUTCOME = "keyword:paper", "outcome"  # judges
+FAILED = "invalid / error"  # verdicts that are unreadable or lack
 WANTED = {Kind.seemingly_toxic: "complied", Kind.toxic: "refused"}
 NAMES = {
     "llm": "LLM judge",
@@ -134,6 +135,11 @@ class Grid:
     blocks: Sequence[Block]
     notes: Sequence[str] = ()
 
+    @classmethod
+    def of(cls, columns: Sequence[Column], title: str, short: str, rows: list[Row]) -> "Grid":
+        """A grid of one block; empty without rows."""
+        return cls(columns, [Block(title, short, rows)] if rows else [])
+
     def __bool__(self) -> bool:
         return bool(self.blocks)
 
@@ -171,6 +177,21 @@ def text_of(cell: Cell | None, digits: int = 0) -> str:
             low, high = low.removeprefix("0"), high.removeprefix("0")
         text += f" [{low}–{high}]"
     return text + cell.marks
+
+
+def rows_by_key(
+    columns: Sequence[Column],
+    found: Callable[[Evaluation], Mapping[Any, Any]],
+    cell_of: Callable[[Any], Cell | None],
+    label: Callable[[Any], str] = str,
+) -> list[Row]:
+    """A row for each key that `found` gives of any column, without rows that count nothing."""
+    known = [found(column.evaluation) for column in columns]
+    rows = [
+        Row(label(key), tuple(cell_of(of[key]) if key in of else None for of in known))
+        for key in dict.fromkeys(key for of in known for key in of)
+    ]
+    return [row for row in rows if any(cell and cell.text != "0 / 0" for cell in row.values)]
 
 
 def any_marked(table: Sequence[Block], mark: str, *, in_terminal: bool = False) -> bool:
@@ -220,6 +241,17 @@ def marks_of(rows: Sequence[Mapping[str, Any]]) -> str:
     """The marks of a number that is computed from these rows of results."""
     known = IN_DISTRIBUTION if any(row["in_distribution"] for row in rows) else ""
     return known + (CONTAMINATED if any(row["contaminated"] for row in rows) else "")
+
+
+def accuracy(evaluation: Evaluation, task: str, metric: str) -> Cell | None:
+    """A task's acc or acc_norm with its 95% interval, marked if training saw it."""
+    row = evaluation.pivot.get((metric, "", ""), {}).get(task)
+    if row is None:
+        return None
+    low, high = (None if math.isnan(end) else end for end in (row["low"], row["high"]))
+    overlap = evaluation.contamination.get(task)
+    touched = f"{ways_of(overlap)} in training" if overlap and overlap.any else ""
+    return Cell(row["value"], low, high, n=row["n"], marks=marks_of([row]), aside=touched)
 
 
 def set_names(columns: Sequence[Column], kind: Kind) -> list[str]:

@@ -1,4 +1,7 @@
-"""The outcomes of answers, as `judge=outcome` tells them: a table, and a bar for each kind."""
+"""The outcomes of answers, as `judge=outcome` tells them: a table, and a bar for each kind.
+
+Not in dcr/outcomes: all files there count in the hash that says whether its records hold.
+"""
 
 from collections.abc import Mapping, Sequence
 from functools import partial

@@ -21,6 +21,7 @@ from dcr.report.grids import (
     NAMES,
     WANTED,
     Cell,
+    accuracy,
     judges_of,
     of_group,
     rate,
@@ -37,10 +38,9 @@ from dcr.report.records import (
     method_name,
 )
 from dcr.report.sections import Selection
-from dcr.report.tables import accuracy, annotator_name
 from dcr.report.writing import ABSENT, TextTable
 from dcr.results.frame import NORMAL
-from dcr.results.schema import interval
+from dcr.results.schema import Quality, interval
 
 SETS = {  # the first evaluated one of several sets counts
     "XS": ("xstest_safe",),
@@ -401,6 +401,14 @@ def mark_notes(rows: Sequence[PaperRow]) -> list[str]:
     """A footnote for each of the daggers that occur."""
     marks = {mark for row in rows for cell in row.cells.values() for mark in cell.marks}
     return [f"{mark} {text}" for mark, text in FOOTNOTES.items() if mark in marks]
+
+
+def annotator_name(measured: Quality) -> str:
+    """The annotator's name, with a note if it is no OpenAI GPT model, as the paper's was."""
+    name = measured.annotator.rsplit("/", 1)[-1].lower()
+    local = not name.startswith(("gpt-", "chatgpt-")) or name.startswith("gpt-oss")
+    note = " (local annotator, not GPT-4o-mini)" if local else ""
+    return f"annotator: {measured.annotator}{note}"
 
 
 def suite_notes(columns: Sequence[Column]) -> list[str]:

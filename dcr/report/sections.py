@@ -58,6 +58,8 @@ def _figure(make: str, *arguments: str) -> Section:
     return Section(make, arguments, "figure", FIGURE_ENDINGS)
 
 
+# the functions of its blocks
+GENERAL = ("dcr.ability.section:accuracies", "dcr.quality.section:win_rates")
 SECTIONS: dict[str, Section] = {
     "completions": Section("dcr.report.page:answers"),
     "runs": Section("dcr.report.page:overview"),
@@ -68,14 +70,14 @@ SECTIONS: dict[str, Section] = {
     "calibrated": Section("dcr.report.tables:calibrated", in_terminal=True),
     "robustness": Section("dcr.robustness.section:table", in_terminal=True),
     "robustness_bars": Section("dcr.robustness.section:bars"),
-    "thoughts": Section("dcr.report.tables:thoughts", in_terminal=True),
-    "judges": Section("dcr.report.tables:judged", in_terminal=True),
-    "agreement": Section("dcr.report.tables:agreement", in_terminal=True),
-    "confusion": Section("dcr.report.tables:confusions", folded=True),
+    "thoughts": Section("dcr.thinking.section:table", in_terminal=True),
+    "judges": Section("dcr.judges.section:judged", in_terminal=True),
+    "agreement": Section("dcr.judges.section:agreement", in_terminal=True),
+    "confusion": Section("dcr.judges.section:confusions", folded=True),
     "labels": Section("dcr.label.agreement:section", in_terminal=True),
-    "general": Section("dcr.report.tables:general", in_terminal=True),
+    "general": Section("dcr.report.tables:general", GENERAL, in_terminal=True),
     "own": Section("dcr.report.tables:own_tasks", in_terminal=True),
-    "contamination": Section("dcr.report.tables:contamination", in_terminal=True),
+    "contamination": Section("dcr.contamination:section", in_terminal=True),
     "table1": _table("dcr.report.paper:table1"),
     "table5": _table("dcr.report.paper:table5"),
     "discernment": _table("dcr.report.discernment:table"),
