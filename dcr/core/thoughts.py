@@ -44,7 +44,7 @@ def _tags(opens: str, closes: str) -> Marks:
 
 
 MARKS = (
-    _tags("<think>\n", "</think>"),  # Qwen3, DeepSeek R1, SmolLM3, GLM, Nemotron and most others
+    _tags("<think>\n", "</think>"),  # Qwen3, DeepSeek R1, SmolLM3, GLM and most others
     _tags("<seed:think>", "</seed:think>"),
     _tags("[THINK]", "[/THINK]"),  # Magistral
     _tags("<|channel>thought\n", "<channel|>"),  # Gemma 4
