@@ -52,7 +52,7 @@ def padded(sequences, value, left=False):
     return pad(ids, True, value, side), pad(mask, True, 0, side)
 
 
-# --- stage one: pull toxic and seemingly toxic prompts apart (Section 6) ---
+# --- stage one: pull toxic and seemingly toxic prompts apart (Section 5) ---
 
 
 def contrast(model, tokenizer, toxic, seemingly_toxic, block, epochs, chance, batch_size=32):
@@ -77,7 +77,7 @@ def contrast(model, tokenizer, toxic, seemingly_toxic, block, epochs, chance, ba
         optimizer.zero_grad()
 
 
-# --- stage two: ordinary safety tuning with LoRA (Section 7.1) ---
+# --- stage two: ordinary safety tuning with LoRA (A.3) ---
 
 
 class LoRA(torch.nn.Module):

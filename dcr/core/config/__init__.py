@@ -26,7 +26,7 @@ TINY_MODEL = "tiny"  # random weights, see models.random_policy: to try commands
 AUTO_LAYER = "auto"  # dcr.layer: measured on the model before stage one, as dcr.choice does
 ALL_LINEAR = "all-linear"  # lora.targets: PEFT's word for every projection but the head
 COUNTS = ("data.seemingly_toxic.count", "data.safety.count", "data.normal.count", "dcr.ratio")
-DEFAULT_RELATIVE_DEPTH = 14 / 30  # 13/28 and 15/32 in Section 7.1 are 0.464 and 0.469
+DEFAULT_RELATIVE_DEPTH = 14 / 30  # the paper's 13/28 and 15/32 (A.2) are 0.464 and 0.469
 OWN = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")  # a user's own, package.module:Class
 FSDP = "fsdp"  # weights split over the devices
 TAG = 64  # characters of a tag that W&B takes
@@ -335,7 +335,7 @@ class ContrastiveConfig:
 
 
 def block_of(config: ContrastiveConfig, depth: int) -> int:
-    """The 1-based block ℓ whose output stage one reads (Section 7.1), for a model `depth` deep.
+    """The 1-based block ℓ whose output stage one reads (Section 5), for a model `depth` deep.
 
     With `auto`, which only training measures, the one at the relative depth stands in. Raises
     ConfigError when the model has no such block.

@@ -204,7 +204,7 @@ def split(
     readout: ReadoutConfig | None = None,
     at_most: Sequence[str] = (),
 ) -> Splits:
-    """Read every source and draw the rows of both stages (Section 7.1).
+    """Read every source and draw the rows of both stages (A.2, A.3).
 
     The safety pairs of SFT are drawn first and the toxic prompts of stage one from the rest, so
     the two are disjoint and a ratio sweep leaves SFT untouched. Rows too near an evaluation
