@@ -153,7 +153,7 @@ def alike(checkpoint: dict[str, Any], module: nn.Module) -> dict[str, Any]:
 
 
 class Shards:
-    """`dcr.core.training.Shards`, as the table of extensions names it."""
+    """`dcr.core.training.resuming.Shards`, as the table of extensions names it."""
 
     strategy, split = Sharded, staticmethod(split)
     write, read = staticmethod(write), staticmethod(read)

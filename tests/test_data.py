@@ -318,7 +318,7 @@ def test_proportional_draws_go_through_all_rows() -> None:
 
 
 def test_orders_are_the_same_on_every_machine() -> None:
-    """As recorded with NumPy's Mersenne Twister."""
+    """Torch's generator on the CPU drew the recorded orders."""
     assert permutation(8, generator(0, 7)) == [1, 0, 4, 6, 7, 3, 5, 2]
     drawn = DRAWS[Sampler.balanced]([0, 0, 0, 1], 8, generator(0, 7))
     assert drawn == [1, 3, 3, 3, 3, 3, 3, 3]

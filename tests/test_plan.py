@@ -104,7 +104,7 @@ def test_parts_of_qwen_by_hand() -> None:
         "final norm": width,
         "head": 0,
     }
-    # tied embeddings are part of the frozen tail (ambiguity 4)
+    # tied embeddings are frozen: training them would change the head, which belongs to the tail
     assert made.tied
     assert {part for part, n in made.trained.items() if n} == {"blocks 1 to 13"}
 
@@ -127,7 +127,7 @@ def test_lora_in_stage_one_stays_below_the_block(local: Path) -> None:
     [("qwen2_5_1_5b", 13, 16), ("qwen2_5_7b", 67, 73), ("llama3_8b", 71, 78)],
 )
 def test_fp32_states_of_stage_one(name: str, without: int, with_them: int) -> None:
-    """Gigabytes as the specification has them, Section 1, ambiguity 11."""
+    """Gigabytes of weights, gradients and Adam states, without and with trained embeddings."""
     for train, expected in ((False, without), (True, with_them)):
         told = settings(f"model={name}", "dcr.precision=fp32", f"dcr.train_embeddings={train}")
         made = cost.stage_shape(told, Stage.contrastive)
@@ -148,9 +148,9 @@ def test_layer_beyond_the_depth_is_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "which", "steps"),
     [
-        ("1_5b", Stage.contrastive, (24, 72, 0)),  # Section 1
+        ("1_5b", Stage.contrastive, (24, 72, 0)),  # 750 rows, 32 a step, 3 epochs
         ("7b", Stage.contrastive, (24, 48, 0)),
-        ("7b", Stage.sft, (165, 660, 20)),  # Section 2
+        ("7b", Stage.sft, (165, 660, 20)),  # 21,000 rows, 128 a step, 4 epochs, 3% warm-up
     ],
 )
 def test_steps_of_the_paper(

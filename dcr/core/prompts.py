@@ -162,7 +162,10 @@ class ChatFormat:
         return ids, [*asked, *ids[len(start) :], IGNORED]
 
     def feature_row(self, id: str, prompt: str, label: int, pooling: Pooling) -> PromptRow:
-        """One prompt of stage one (Section 1 of the specification, ambiguities 1 and 6)."""
+        """One prompt of stage one, with the positions of its feature and the targets of its NLL.
+
+        The paper names neither: `pooling` chooses the positions, and every next token is a target.
+        """
         ids = self.prompt_ids(prompt)
         # position 0 is an attention sink with a huge norm
         first = len(ids) - 1 if pooling is Pooling.last else min(1, len(ids) - 1)

@@ -338,7 +338,7 @@ class Checksums:
     """`checksums.json` of a folder: the SHA-256 of every file in it.
 
     A weight file's checksum also covers the weight files before it, with their names:
-    `models.weights_fingerprint` shortens the last one, so that weights are read once for both.
+    `folders.weights_fingerprint` shortens the last one, so that weights are read once for both.
     """
 
     weights: dict[str, str]

@@ -1,6 +1,6 @@
 """The settings of `eval.py` that are the core's: who answers, who judges, and what is measured.
 
-Nodes that `train.py` has as well are those of `schema`; an extension brings its own, see `Table`.
+Nodes that `train.py` has as well are those of `config`; an extension brings its own, see `Table`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

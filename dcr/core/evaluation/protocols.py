@@ -1,7 +1,7 @@
 """The parts that extensions can play in an evaluation: a subject, a change, a task, judges.
 
-Ours stand in the table of the settings' schema (`config.Table`). A user's own is a dataclass below
-`Change`, `Task` or `Judge` that its path names, see `extending`.
+Ours stand in the table of the settings' schema (`config.evaluation.Table`). A user's own is a
+dataclass below `Change`, `Task` or `Judge` that its path names, see `extending`.
 """
 
 import contextlib

@@ -160,9 +160,10 @@ class ContrastiveModule(ResumableModule):
     def mean_nll(
         self, batch: PromptBatch | PairBatch, block: int | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """The token mean of the next-token NLL (ambiguity 7), and a block's output if asked for.
+        """The token mean of the next-token NLL, and a block's output if asked for.
 
-        Each of several ranks has its part of the mean over the tokens of all.
+        Each of several ranks has its part of the mean over the tokens of all. The paper names no
+        reduction; transformers takes the token mean.
         """
         found = passes.current().nll(self.model, batch.ids, batch.mask, batch.targets, block)
         return found.total / summed_over_ranks((batch.targets != IGNORED).sum()), found.states
