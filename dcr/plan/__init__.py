@@ -65,17 +65,17 @@ def describe(settings: TrainConfig) -> str:
     settings, arithmetic = machine.of_training(settings, recorded)
     notes = [f"precision: {arithmetic.told}", *([arithmetic.slow] if arithmetic.slow else [])]
     shapes = {stage: stage_shape(settings, stage) for stage in chain}
-    drawn, told, more = expected(settings)
+    drawn, balanced, more = expected(settings)
     plans = [stage_plan(settings, stage, shape, drawn) for stage, shape in shapes.items()]
-    balanced = entry.table("Stage one's pairs", ["what may stand in for intent", ""])
-    for name, value in told.rows() if told else ():
-        balanced.add_row(name, value)
+    pairs_table = entry.table("Stage one's pairs", ["what may stand in for intent", ""])
+    for name, value in balanced.rows() if balanced else ():
+        pairs_table.add_row(name, value)
     named = " then ".join(stage.value for stage in chain)
     return entry.plain_text(
         f"Plan: method={settings.method.value} ({named}) on {settings.model.name}\n",
         _parameter_table(plans),
         _row_table(drawn),
-        *([balanced] if told else []),
+        *([pairs_table] if balanced else []),
         _stage_table(settings, on_gpu, plans),
         *(f"- {note}" for note in [*more, *notes, *_notes(settings)]),
     )
@@ -218,8 +218,8 @@ def _times(
         there = cost.published_throughput(cost.ASSUMED_GPU, node.precision)
         for rate in {here.device: here, there.device: there}.values():
             flops = plan.flops if rate is here else plan.padded_flops
-            told = f"{duration(flops / rate.flops)} ({rate.basis})"
-            rows.setdefault(f"time on {rate.device}", []).append(told)
+            estimate = f"{duration(flops / rate.flops)} ({rate.basis})"
+            rows.setdefault(f"time on {rate.device}", []).append(estimate)
     return rows
 
 

@@ -31,8 +31,9 @@ def expected(settings: TrainConfig) -> tuple[Splits, Balance | None, list[str]]:
     Raises UserError for data that training would refuse.
     """
     rows = data.rows_of(settings)
-    told, notes = balance.balance(rows.seemingly_toxic, rows.toxic), rows.told()
-    return rows, told, [*notes, told.warning] if told and told.warning else notes
+    balanced, notes = balance.balance(rows.seemingly_toxic, rows.toxic), rows.told()
+    warned = [balanced.warning] if balanced and balanced.warning else []
+    return rows, balanced, [*notes, *warned]
 
 
 def tokenizer_is_here(config: ModelConfig) -> bool:

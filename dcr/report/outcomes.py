@@ -57,8 +57,8 @@ def table(chosen: Selection) -> Grid:
             Row(_words(each), tuple(cells.get(each) for cells in found), summary=True)
             for each in Outcome
         ]
-        told = f"Outcomes of answers to {named} prompts, all sets, %"
-        blocks.append(Block(told, f"outcomes, {named}, %", shares))
+        heading = f"Outcomes of answers to {named} prompts, all sets, %"
+        blocks.append(Block(heading, f"outcomes, {named}, %", shares))
     return Grid(columns, blocks)
 
 
