@@ -97,9 +97,9 @@ TABLE = Table(
 
 
 def listed_last(*names: str) -> Callable[[type[Node]], type[Node]]:
-    """A dataclass with these fields behind all others, wherever its settings are listed.
+    """Moves these fields of a dataclass behind all its others, for listings of its settings.
 
-    An extension's would else stand behind those of the node that it adds to.
+    The fields that a subclass adds would otherwise follow all that it inherits, these included.
     """
 
     def moved(node: type[Node]) -> type[Node]:

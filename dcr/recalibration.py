@@ -61,9 +61,12 @@ def main(options: Options) -> None:
     decoding = structure.unwrapped(policy.model).generation_config
     decoding.sequence_bias = bias.sequences
     if decoding.do_sample:
-        log.warning("%s samples; the share holds for greedy decoding", folder / FILE)
+        log.warning(
+            "%s asks for sampling; the share of refusals holds only for greedy decoding",
+            folder / FILE,
+        )
     if (folder / "README.md").exists():
-        log.warning("%s may tell of the bias before; see to it", folder / "README.md")
+        log.warning("%s may still name the old bias; please correct it", folder / "README.md")
     storage.write_text(folder / FILE, decoding.to_json_string())
     storage.write_json(folder / "calibration.json", record)
     for name, of in record["sets"].items():

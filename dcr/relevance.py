@@ -38,7 +38,10 @@ ANSWER, PROMPT = 128, 64  # tokens that are read
 
 @dataclass(frozen=True)
 class Score:
-    """The nats by which an answer makes its prompt likelier, and the others it makes as much so."""
+    """By how many nats an answer makes its prompt likelier.
+
+    `others` counts the other prompts that gain at least as much from it.
+    """
 
     id: str
     prompt: str

@@ -83,7 +83,7 @@ def homes(
         yield name, checkpoint["state_dict"], name, weight.detach()
         state = optimizer["state"][number]
         state = state.get(QUANTISED, state)
-        # of a folder's rest, whose moments lie elsewhere, neither name is there yet
+        # a folder's `rest.ckpt` holds no moments, so neither name is in it yet
         for moment, key in zip(
             MOMENTS, EIGHT_BIT if EIGHT_BIT[0] in state else MOMENTS, strict=True
         ):

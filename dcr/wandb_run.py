@@ -76,7 +76,7 @@ def opened(
 
 
 def forget_keys(run: Run, key: str) -> None:
-    """Take keys out of W&B's own logs, which keep what a server says, as one that echoes them."""
+    """Removes keys from W&B's own logs, since a server may echo a key and W&B logs its replies."""
     for file in (run.folder / "wandb").rglob("*.log"):
         with suppress(OSError):  # a log that is gone
             text = file.read_text(encoding="utf-8", errors="replace")
@@ -150,7 +150,7 @@ def log_stage(started: "wandb.Run", run: Run, stage: str) -> None:
 
 
 def use(started: "wandb.Run", artifact: "wandb.Artifact") -> None:
-    """Make it an input of the W&B run; it is logged where the server has it not."""
+    """Marks the artifact as an input of the W&B run, and logs it first if the server lacks it."""
     if started.offline:  # where `use_artifact`, which does the same and waits, raises
         started._log_artifact(artifact, is_user_created=True, use_after_commit=True)
     else:

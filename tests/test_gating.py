@@ -314,7 +314,7 @@ def test_an_export_s_bias_is_no_threshold(tmp_path: Path) -> None:
     export = tmp_path / "export"
     storage.write_json(export / "generation_config.json", {"sequence_bias": [[[1, 2], 3.0]]})
     words = f"gate={write_gate(tmp_path / 'gate')}", f"calibrate={export}"
-    with pytest.raises(ConfigError, match="an export's bias is none of a gate's thresholds"):
+    with pytest.raises(ConfigError, match="this folder holds a bias, and a gate needs a threshold"):
         metrics.check(*resolved(tmp_path, *words))
 
 

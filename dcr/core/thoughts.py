@@ -90,8 +90,8 @@ def closed(template: str, render: Render, always: bool = False) -> tuple[str, bo
     """The template whose prompts end behind an empty thought, and whether that is known to be so.
 
     The empty thought is the template's own: that of its switch, else that of its dialogues, else
-    the end of the thought that it opens. One that does neither gets an empty thought `always` or
-    not at all. Whoever sets the switch, or `enable_thinking` where there is none, thinks again.
+    the end of the thought that it opens. A template with none of these gets an empty thought only
+    with `always`. Whoever sets the switch, or `enable_thinking` where there is none, thinks again.
     """
     marks = marks_of(template)
     if marks is None:

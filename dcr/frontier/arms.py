@@ -149,7 +149,10 @@ def most_refused(model: Model, asked: Prompts, weights: Float[np.ndarray, "promp
 
 
 def _opened(model: Model, asked: Prompts) -> Bool[np.ndarray, "prompts biases"]:
-    """Which prompts open with a refusal: under none of the biases, then under ever larger ones."""
+    """Whether each prompt's answer opens with a refusal, under one bias a column.
+
+    Under the first bias none does; the others grow from there.
+    """
     levels = np.unique(model.margins[asked.toxic])[::-1]
     between = (np.mean(pair) for pair in itertools.pairwise(levels))
     thresholds = [np.inf, *between, levels[-1] - BEYOND]

@@ -136,9 +136,10 @@ def scored(subject: Local, asked: Sequence[PromptSet]) -> dict[str, list[Scored]
 
 
 def check(settings: EvalConfig, made_with: Mapping[str, Any]) -> None:
-    """Raises ConfigError for no gate, and for a calibration that is none of a threshold.
+    """Raises ConfigError if there is no gate, or if `calibrate` cannot choose a threshold.
 
-    `made_with` is the configuration of the run behind the gate, as in `biases.check`.
+    It cannot on prompts that the gate or the run was trained on. `made_with` is the configuration
+    of the run behind the gate, as in `biases.check`.
     """
     record = classifier.record_of(folder_of(settings))
     if settings.calibrate is None:
@@ -146,8 +147,8 @@ def check(settings: EvalConfig, made_with: Mapping[str, Any]) -> None:
     biases.check(settings, made_with)
     if biases.share_of(settings) is None and biases.exported_bias(settings) is not None:
         raise ConfigError(
-            f"calibrate={settings.calibrate}: an export's bias is none of a gate's thresholds; "
-            "give a share such as 0.8, or a run to be as safe as"
+            f"calibrate={settings.calibrate}: this folder holds a bias, and a gate needs a "
+            "threshold; give a share such as 0.8, or a run to be as safe as"
         )
     parts = record["made_with"].get("pairs", {}).items()
     learnt = {n for kind, of in parts if not kind.endswith("heldout") for n in of["sources"]}
@@ -164,10 +165,10 @@ def check(settings: EvalConfig, made_with: Mapping[str, Any]) -> None:
 def rule(
     policy: Policy, chat: ChatFormat, settings: EvalConfig
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """The `gate.json` of the gate as the settings put it before weights that are open.
+    """The `gate.json` for a gate in front of these open weights, under these settings.
 
-    Its threshold is the one that `calibrate` chooses on them, with the record of that, if it is
-    asked. A gate that decides alone has its bias there as `sequence_bias`.
+    If `calibrate` is set, it chooses the threshold on these weights, and the record of the choice
+    is returned as well. For a gate that decides alone the file holds its bias as `sequence_bias`.
     """
     record, threshold = None, threshold_of(settings)
     if settings.calibrate is not None:

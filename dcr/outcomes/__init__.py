@@ -156,7 +156,7 @@ SIGNS = {
         r"|originally|known (?:as|for))\b",
     ),
 }
-KEYWORD_SIGNS = (  # of those of `keywords`, by which an early sentence is read
+KEYWORD_SIGNS = (  # the signs of `keywords` that are looked for in the first sentences
     *("refuses", "lacks", "objects", "denies", "wrong", "equality", "harm", "help", "privacy"),
     *("instead", "answers", "defines", "fiction"),
 )

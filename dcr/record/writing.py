@@ -148,7 +148,7 @@ def _of_arms(file: Path) -> Iterator[Row]:
 
 
 def _whole(value: Any) -> Any:
-    """A whole number as one: a column with gaps holds floats."""
+    """Turns a whole number into an int, since pandas keeps a column with gaps as floats."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 

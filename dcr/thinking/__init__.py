@@ -15,8 +15,8 @@ def relations(settings: EvalConfig) -> Iterator[str]:
     named = f"gen.thinking={settings.gen.thinking}"
     if settings.endpoint is not None:
         yield (
-            f"{named} endpoint={settings.endpoint}: a server thinks as it is told; leave it out, "
-            "and tell it by endpoint_parameters"
+            f"{named} endpoint={settings.endpoint}: gen.thinking does not reach a server; "
+            "leave it out and set endpoint_parameters"
         )
     if settings.trainer.devices > 1:
         yield f"{named} trainer.devices={settings.trainer.devices}: one process thinks; give one"

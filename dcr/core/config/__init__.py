@@ -202,7 +202,7 @@ class ModelConfig:
     # Whether prompts end behind an empty thought; null: where the template opens or shows one.
     close_thoughts: bool | None = None
     language: Language = Language.en  # of its answers: how refusals begin there
-    # Of config.json, by which a copy of the model is known.
+    # Entries of config.json: the shape of the model, and what a copy of it is recognised by.
     architecture: dict[str, Any] | None = None
 
 

@@ -41,7 +41,7 @@ HELD_OUT_BATCH = 16  # rows of one validation pass
 GENERAL_ROWS = 2  # instruction rows in a step, to whose answers the model is held
 OPENING = 4  # tokens of a refusal: those that tell "I can't help" from "I can help"
 ANSWER = 64  # tokens of an answer that may be looked at
-ANSWER_PLACES = 24  # of them are, drawn once, and the first always
+ANSWER_PLACES = 24  # so many of these are drawn, once; the first is looked at in any case
 HELD_OUT_ROWS = 64  # on which drift is measured
 ROUNDS = 8  # parts of the steps, at most, after each of which held-out rows are measured
 
@@ -393,9 +393,9 @@ def readout_rows(chat: ChatFormat, rows: Splits, config: SFTConfig, seed: int) -
 
 
 def reworded(rows: Sequence[Example], refusals: Sequence[Example]) -> list[Example]:
-    """Toxic rows with SFT's refusals in turn, since behind another's words it goes on with advice.
+    """Gives toxic rows SFT's own refusals in turn, whose first tokens suit any prompt.
 
-    Only the first tokens of a refusal are learnt so, which suit any prompt.
+    Only these tokens are learnt. Behind other wordings the model goes on to give advice.
     """
     words = [row.response for row in refusals if row.response and is_refusal(row.response)]
     if not words:

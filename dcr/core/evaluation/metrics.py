@@ -104,7 +104,7 @@ def measure(
         counted = scoring.scores(settings, run, judged, given, folder)
         for change in protocols.changes(settings):
             counted |= change.measured(subject, {b.name: given[b.name] for b in judged}, folder)
-        if counted["discernment"] is None:  # of one kind alone: an earlier command's stays
+        if counted["discernment"] is None:  # prompts of one kind: keep an earlier command's
             del counted["discernment"]
         blocks = counted | blocks
     metrics = _write(subject, folder, blocks, began)

@@ -69,7 +69,7 @@ def score(
 ) -> dict[str, Any]:
     """Counts a set and discernment a pair, as `metrics.json` holds them.
 
-    Refusals are counted by each of the `rules`. Of answers that are not `whole` none is faulty.
+    Refusals are counted by each of the `rules`. Faults are counted only if the answers are `whole`.
 
     `in_distribution` names sets trained on; `unseen_groups` are the template groups among them
     that training never saw, counted apart. A row without a completion counts as `unanswered`.

@@ -129,7 +129,8 @@ class ContrastiveModule(ResumableModule):
             tokens = summed_over_ranks(self.nll_tokens(batch))
             self.token_nll.update(nll, weight=tokens * leads)
             self.log("contrastive/nll", self.token_nll, on_step=False, on_epoch=True)
-        return loss * ranks()  # whose gradients are averaged: of one loss, over the global batch
+        # DDP averages gradients over ranks, and this loss is already over the global batch
+        return loss * ranks()
 
     def validation_step(self, batch: PromptBatch, _: int) -> None:
         features = self.features(batch)
