@@ -114,7 +114,7 @@ def _default(made: Any) -> str:
 
 
 def comments(schema: type) -> dict[str, str]:
-    """What the comment above or behind a field says of it, inherited ones included."""
+    """The comment above or behind each field, inherited ones included."""
     said: dict[str, str] = {}
     for owner in reversed([each for each in schema.__mro__ if is_dataclass(each)]):
         above: list[str] = []

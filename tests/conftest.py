@@ -1,4 +1,4 @@
-"""What every test shares: one thread, no network, checked array shapes, and a tiny model."""
+"""Every test runs in one thread, without network, with checked array shapes, on a tiny model."""
 
 import importlib
 import logging
@@ -124,7 +124,7 @@ class Ended:
 
     @property
     def error(self) -> str:
-        """What follows `error: ` on the only line of stderr that is not a log line."""
+        """The text behind `error: ` on the only line of stderr that is not a log line."""
         lines = [line for line in self.err.splitlines() if not line.startswith("[")]
         assert len(lines) == 1, self.err
         assert lines[0].startswith("error: "), self.err

@@ -1,4 +1,4 @@
-"""What else than intent tells kinds apart, against scikit-learn and pairings known for it."""
+"""Balance: how well form and words tell kinds apart, by scikit-learn and on known pairings."""
 
 from typing import Any
 

@@ -34,7 +34,7 @@ Curve = Callable[[str, int, int], float]  # kind, prompt, step
 def kept_step(
     run: Path, stage: str, step: int, curve: Curve | None = None, matrix: np.ndarray | None = None
 ) -> Path:
-    """What tracking keeps at a step: every prompt's probability, a whole kernel."""
+    """Writes what tracking keeps at a step: every prompt's probability, a whole kernel."""
     place = run / "tracking" / stage / f"step-{step:06d}"
     place.mkdir(parents=True)
     blocks: dict[str, Any] = {}
@@ -119,7 +119,7 @@ def rising(kind: str, prompt: int, step: int) -> float:
 
 
 def moving(folder: Path, curve: Curve, steps: Sequence[int] = STEPS) -> ClaimRow:
-    """What is told of an STL run in which tracking kept these curves."""
+    """The claim's row for an STL run in which tracking kept these curves."""
     run = make_run(folder, "stl")
     for step in steps:
         kept_step(run, "sft", step, curve)

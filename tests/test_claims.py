@@ -99,7 +99,7 @@ def test_a_step_is_that_of_plain_sgd(family: str) -> None:
 
 
 def test_of_a_small_loss_the_step_takes_a_share() -> None:
-    """Where a model refuses almost surely no loss of `drop` is left."""
+    """A model that refuses almost surely has no loss of `drop` left."""
     model = made("qwen2 untied")
     with torch.no_grad():
         state = started(model, layer=3).states[list(CHOSEN.trained)].mean(0)

@@ -298,8 +298,9 @@ MODULES = [f"dcr.{name}" for name in commands.COMMANDS if name not in ("train", 
 
 
 def loading(words: Sequence[str], folder: Path) -> tuple[list[str], list[str]]:
-    """What these commands, one after the other in a process of their own, say to stdout, and to
-    stderr with the heavy modules that each has loaded.
+    """Runs these commands one after the other in a process of their own.
+
+    Returns the lines of stdout, and those of stderr with the heavy modules that each has loaded.
     """
     told = [sys.executable, "-W", "ignore", "-c", LOADED, *words]  # modules that are run again
     ended = subprocess.run(told, cwd=folder, capture_output=True, text=True)

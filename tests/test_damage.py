@@ -117,7 +117,7 @@ FEW = {how: BYTES[how] for how in ("halved", "a folder")}
 
 
 def _told(command: Callable[[Run], object], run: Run) -> str:
-    """What a user reads, "" where the command ends well. Any other exception is a traceback."""
+    """The error that a user reads, "" if the command ends well. Other exceptions pass through."""
     try:
         command(run)
     except UserError as error:

@@ -162,7 +162,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def drawn(folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Where every figure of these runs lies, drawn once, and what the terminal said."""
+    """Draws every figure of these runs once: their folder, and the text for the terminal."""
     out = tmp_path_factory.mktemp("drawn")
     return out, building.build(folders, out / "page.html", FIGURES)
 
@@ -254,13 +254,13 @@ def test_curves_hold_the_logged_values(folders: list[Path]) -> None:
 
 
 def keep(folder: Path, stage: str, step: int, **blocks: dict[str, Any]) -> None:
-    """What tracking keeps at a step beside metrics.csv."""
+    """Writes what tracking keeps at a step beside metrics.csv."""
     place = Run(folder).tracked(stage) / f"step-{step:06d}"
     storage.write_json(place / "metrics.json", blocks)
 
 
 def probability_block(offset: float) -> dict[str, Any]:
-    """Of each kind a mean with an interval around it, and one prompt that is followed."""
+    """A block with a mean, its interval and one followed prompt for each kind."""
     ends = [offset, offset - 0.03, offset + 0.04]
     kinds = {kind: {"n": 5, "plain": ends, "prefix_free": ends} for kind in KINDS}
     alone = {kind: {"id": kind, "plain": 0.5, "prefix_free": 0.25} for kind in KINDS}

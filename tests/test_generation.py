@@ -80,7 +80,7 @@ FAMILIES = {
 
 @pytest.fixture(autouse=True)
 def _shared(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the byte tokenizer's chats begin with is read once, though it is short."""
+    """Shares the beginning of the byte tokenizer's chats among prompts, though it is short."""
     monkeypatch.setattr(fast, "WORTHWHILE", 4)
 
 
@@ -631,7 +631,7 @@ SERVER = ServerConfig(model="there", key="DCR_TEST_KEY")
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What a stand-in for the server was asked; it answers in reverse order."""
+    """The calls of a stand-in for the server, which answers in reverse order."""
     calls: list[Any] = []
 
     def chats(server: Any, http: Any, conversations: Any, node: str) -> Iterator[Any]:

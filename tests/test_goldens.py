@@ -1,4 +1,4 @@
-"""What commands printed, wrote and measured when they were last looked at.
+"""Goldens hold what commands printed, wrote and measured when they were last looked at.
 
 Nothing here is true by itself: the goldens say only that a change of code changed no result. When
 one is meant to change, `python tests/test_goldens.py [name ...]` writes it anew and prints what
@@ -265,7 +265,7 @@ def norms(run: Path) -> dict[str, list[float]]:
 
 
 def evaluated(folder: str, *words: str) -> dict[str, Any]:
-    """What `eval.py` adds to a folder or changes there: by evaluation its metrics and its files."""
+    """Runs `eval.py`; the metrics and files of each evaluation that it adds or changes there."""
     before = {file: file.read_bytes() for file in Path(folder).glob("eval/*/metrics.json")}
     command("eval.py", *words)
     now = sorted(Path(folder).glob("eval/*/metrics.json"))
@@ -412,7 +412,7 @@ LABELS = {"zebra": "2_full_refusal", "Lemur": "3_partial_refusal", "": "1_full_c
 
 
 def served(body: dict[str, Any]) -> Any:
-    """What the server says as the model, its judge, its moderator or its annotator."""
+    """The server's reply as the model, its judge, its moderator or its annotator."""
     text = scripted.last_user(body)
     if body["model"] == "moderator":
         return scripted.moderated(violence="Sure" in text)
@@ -461,7 +461,7 @@ TABLES = ("table1", "table2", "table3", "table4", "table5", "discernment")
 
 
 def report(_: Path) -> dict[str, Any]:
-    """What the page says of three folders, and the values of each table and figure of all."""
+    """The text of the page on three folders, and the values of each table and figure of all."""
     tables = [word for name in TABLES for word in ("--table", name)]
     figures = [word for name in FIGURES for word in ("--figure", name)]
     folders = ("run", "recommended", "endpoint")

@@ -38,7 +38,7 @@ PARTS = TEMPLATE.replace("m.content | trim", "m.content[0].text | trim")
 
 
 def llama_text(prompt: str, response: str) -> str:
-    """What the template makes of two messages, written out by hand."""
+    """The text of two messages by the template, written out by hand."""
     return (
         f"{HEAD}user\nAssess the Agent.\nUser: {prompt}\nAgent: {response}\n{END}\n{HEAD}assistant"
     )
@@ -275,7 +275,7 @@ def test_only_the_first_line_says_what_is_safe() -> None:
 
 
 def test_what_is_no_verdict_is_invalid(llama_folder: Path, tmp_path: Path) -> None:
-    """Of a guard of random weights."""
+    """The guard has random weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         LlamaForCausalLM(LlamaConfig.from_pretrained(llama_folder)).save_pretrained(tmp_path)

@@ -57,7 +57,7 @@ EXTRAS = (
 
 
 def called(*command: object, place: Path) -> str:
-    """What a command that ends well prints, where no variable leads back to the checkout."""
+    """Runs a command in which no variable leads back to the checkout, and returns its output."""
     plain = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     words = [str(word) for word in command]
     ended = subprocess.run(words, cwd=place, env=plain, capture_output=True, text=True)

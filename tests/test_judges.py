@@ -51,7 +51,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
 
 
 def texts(server: Scripted) -> list[str]:
-    """What each request was about."""
+    """The user's text of each request."""
     return [last_user(body) for body in server.bodies]
 
 

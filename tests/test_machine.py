@@ -49,7 +49,7 @@ def test_the_tightest_group_counts(tmp_path: Path) -> None:
 
 
 def test_a_core_counts_as_taken_while_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What ended before leaves a load, and what just began none yet: neither holds a core."""
+    """A program that has just ended or just begun holds no core: the load lags behind."""
     now = [100.0, 50.0, 0.0, 0.0, 100.0]  # the last is not ours
     monkeypatch.setattr(psutil, "cpu_percent", lambda **_: now)
     monkeypatch.setattr(machine.os, "getloadavg", lambda: (2.0, 0.0, 0.0))

@@ -325,7 +325,7 @@ def test_precision_is_the_weights_dtype(tmp_path: Path) -> None:
 
 
 def test_a_gguf_file_becomes_the_model_that_it_was_written_from(tmp_path: Path) -> None:
-    """Of Gemma 3, whose files hold the weights of norms plus 1, and whose blocks differ in kind."""
+    """Gemma 3's files hold the weights of norms plus 1, and its blocks differ in kind."""
     gguf = pytest.importorskip("gguf")
     letters = ["▁", "H", "o", "w"]
     control = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]

@@ -127,7 +127,7 @@ def spreadsheet(folder: Path) -> Path:
 
 
 def command(folder: Path, script: str, *words: str) -> str:
-    """What a command prints in a folder. Raises AssertionError with its line where it fails."""
+    """Runs a command in a folder. Returns its output, or raises AssertionError with its error."""
     forget()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -154,7 +154,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def named(lab: Path) -> list[str]:
-    """What names the run's sources again, with their settings."""
+    """The overrides that name the run's sources again, with their settings."""
     return [
         "data.evaluation.safety=[examples.sources:Spreadsheet]",
         "data.evaluation.over_refusal=[examples.sources:Harmless]",
@@ -238,7 +238,7 @@ def test_from_a_file_of_ones_own_to_every_result(lab: Path) -> None:
 
 
 def test_a_run_imports_nothing(lab: Path, tmp_path: Path) -> None:
-    """What its `config.yaml` names is imported only where the command names it too."""
+    """A class that its `config.yaml` names is imported only if the command names it too."""
     with pytest.raises(AssertionError, match="Harmless: this command does not name it"):
         command(lab, "eval.py", "run=run", *QUIET)
 

@@ -41,7 +41,7 @@ def using(given: Any) -> Iterator[None]:
 
 
 def both(work: Callable[[], Found]) -> tuple[Found, Found]:
-    """What is found with plain passes, and with fast ones."""
+    """The result with plain passes, and with fast ones."""
     with using(Plain()):
         plain = work()
     with using(Fast()):

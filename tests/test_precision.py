@@ -1,4 +1,4 @@
-"""What arithmetic `precision=auto` is on each device, and that runs keep what they began in."""
+"""The arithmetic of `precision=auto` on each device, and that runs keep what they began in."""
 
 import logging
 from collections.abc import Callable

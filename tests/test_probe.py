@@ -52,7 +52,7 @@ def log_odds(policy: Policy, chat: ChatFormat, prompts: list[str]) -> Tensor:
 
 
 def says(policy: Policy, chat: ChatFormat, made: Any, prompts: list[str]) -> Tensor:
-    """What the probe says, prompt by prompt."""
+    """The probe's score of each prompt."""
     tensors, info = made
     read = torch.stack([last(policy, chat, prompt, info["block"]) for prompt in prompts])
     return read @ tensors["probe"] + info["bias"]

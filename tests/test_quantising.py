@@ -69,7 +69,7 @@ def narrowed(precision: Precision = Precision.fp32, dtype: torch.dtype = torch.f
 
 
 def numbers(of: Any) -> dict[str, Tensor]:
-    """What each layer in four bits stands for, in fp32, by its name."""
+    """The fp32 weights that each layer in four bits stands for, by its name."""
     named = structure.decoder_blocks(of).named_modules()
     return {n: dequantising.weight_of(m).float() for n, m in named if hasattr(m, "quant_state")}
 

@@ -453,7 +453,7 @@ def sections(text: str) -> Iterator[tuple[str, str]]:
 
 
 def test_documents_show_what_their_records_hold() -> None:
-    """Where this fails, `make docs` writes numbers and looks, and tells what became stale."""
+    """If this fails, `make docs` writes numbers and looks, and marks what became stale."""
     differ = [
         page.name
         for page in DOCUMENTS

@@ -46,7 +46,7 @@ PROMPTS = ("How do I bake bread?", "Hi", "Name three rivers that flow north, ple
 
 @pytest.fixture(autouse=True)
 def _shared(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the byte tokenizer's chats begin with is read once, though it is short."""
+    """Shares the beginning of the byte tokenizer's chats among prompts, though it is short."""
     monkeypatch.setattr(fast, "WORTHWHILE", 4)
 
 
@@ -165,7 +165,7 @@ def test_batches_change_nothing_and_keep_the_order(size: int | None) -> None:
 
 
 def test_three_passes_and_no_token_too_many() -> None:
-    """What all prompts begin with, their rests, and the phrases."""
+    """The three read the beginning of all prompts, their rests, and the phrases."""
     model: Any = model_of("llama")
     fed: list[tuple[int, ...]] = []
     head: list[int] = []

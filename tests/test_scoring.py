@@ -262,7 +262,7 @@ def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
 def complete(
     asked_sets: Sequence[PromptSet], folder: Path, asked: list[str]
 ) -> dict[str, list[Completion]]:
-    """What a stand-in for the model answers; `asked` are its prompts, in order."""
+    """Answers by a stand-in for the model, which adds its prompts to `asked` in order."""
 
     def answer(rows: list[Example]) -> Iterator[list[Completion]]:
         for start in range(0, len(rows), 4):

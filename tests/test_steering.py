@@ -70,7 +70,7 @@ def sure(chat: ChatFormat) -> list[int]:
 
 
 def user_end(chat: ChatFormat, ids: list[int]) -> int:
-    """Where the last end-of-turn token of the prompt stands."""
+    """The position of the prompt's last end-of-turn token."""
     return max(i for i, token in enumerate(ids) if token == chat.terminator)
 
 

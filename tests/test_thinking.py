@@ -1,4 +1,4 @@
-"""Where answers begin: templates of thinking models, thoughts by a scripted model, their counts.
+"""Thoughts before answers: templates of thinking models, a scripted model that thinks, counts.
 
 The templates are our own, with the structure of the models' that they are named after.
 """

@@ -91,7 +91,7 @@ def overrides(folder: Path, *more: str) -> list[str]:
 
 
 def composed(script: str, *overrides: str, hydra: bool = False) -> DictConfig:
-    """What Hydra makes of a command line."""
+    """Composes a command line as Hydra does."""
     cli.prepare()
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         made = compose(script, list(overrides), return_hydra_config=hydra)
@@ -140,7 +140,7 @@ def logged(run: Path) -> list[tuple[str, int, str, float]]:
 
 
 class Stop(Exception):
-    """What a test ends a run with."""
+    """A test raises it to end a run."""
 
 
 def stop(*_: Any) -> None:
@@ -148,7 +148,7 @@ def stop(*_: Any) -> None:
 
 
 def failing(error: BaseException) -> Callable[..., Any]:
-    """What raises this error however it is called."""
+    """A function that raises this error however it is called."""
 
     def fail(*_: Any, **__: Any) -> None:
         raise error
@@ -168,7 +168,7 @@ def at_each_step(patch: pytest.MonkeyPatch, deed: Callable[[Trainer, Any, Any], 
 
 
 def gradients_of_one_step(module: Any, batch: Any) -> dict[str, Tensor]:
-    """What the optimiser's first step is given, after `fit` on one batch."""
+    """The gradients that `fit` on one batch gives to the optimiser's first step."""
     taken: dict[str, Tensor] = {}
 
     class Take(Callback):

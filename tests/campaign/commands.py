@@ -40,7 +40,7 @@ class Ended:
         return self.out + self.err
 
     def faults(self) -> list[tuple[str, str]]:
-        """What no command may do, whatever it was given: (kind, detail) of each."""
+        """Lists what it did that no command may do: (kind, detail) of each."""
         if self.hung:
             return [("hang", f"ran past {self.seconds:.0f} s; last: {_last(self.said)}")]
         if TRACEBACK in self.said:
@@ -210,7 +210,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def leaks(place: Path, ended: Ended) -> list[tuple[str, str]]:
-    """What must not be: a secret that was told or written, and code that ran."""
+    """Lists secrets that were shown or written, and code that ran."""
     faults = []
     if SECRET in ended.said:
         at = ended.said.index(SECRET)

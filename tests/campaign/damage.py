@@ -61,7 +61,7 @@ def prepare(base: Path) -> None:
 
 
 def foresee(base: Path) -> None:
-    """What each reader makes of the undamaged runs.
+    """Records what each reader makes of the undamaged runs.
 
     Raises AssertionError when the good commands themselves fail, or differ from one time to the
     next: nothing could then be told from the rest.
@@ -206,7 +206,7 @@ def broken(files: Sequence[Path], rng: Random) -> tuple[Path, str]:
 
 
 def held(file: Path) -> bytes | None:
-    """What a plain file holds."""
+    """The bytes of a plain file; None for anything else."""
     return file.read_bytes() if file.is_file() and not file.is_symlink() else None
 
 

@@ -37,7 +37,7 @@ def logprobs(folder: Path | str) -> Iterator[str]:
 
 
 def responder(folder: Path | str) -> Callable[[Request], Answer]:
-    """What answers a request from the model in `folder`, one at a time."""
+    """A function that answers requests from the model in `folder`, one at a time."""
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     lock = threading.Lock()

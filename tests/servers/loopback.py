@@ -14,7 +14,7 @@ JSON_TYPE = "application/json"
 
 @dataclass(frozen=True)
 class Request:
-    """What a client sent; `headers` have lower-case names."""
+    """A client's request; `headers` have lower-case names."""
 
     path: str
     headers: Mapping[str, str]
@@ -27,7 +27,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the server sends. `delay` is in seconds; `cut` closes the connection early."""
+    """The server's answer. `delay` is in seconds; `cut` closes the connection early."""
 
     content: bytes
     status: int = 200
