@@ -26,7 +26,7 @@ from dcr import contamination, plan, train
 from dcr.core import config, data, models, passes, prompts, runs
 from dcr.core.config import ConfigError, Kind, LoraConfig, Stage, TrainConfig
 from dcr.core.data.module import ReadoutBatch
-from dcr.core.data.rows import OPENING, SEEMINGLY_TOXIC, TOXIC, readout_prompts, readout_rows
+from dcr.core.data.rows import OPENING, SEEMINGLY_TOXIC, TOXIC, ReadoutRows, readout_prompts
 from dcr.core.models import Policy, folders, structure
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
@@ -257,10 +257,12 @@ def test_only_the_batches_that_steps_take_are_prepared_and_each_once(
     monkeypatch.setattr(readout, "half_pass", counted)
     train.train(few, Run(sft))
     chat = prompts.chat_format(models.open_tokenizer(few.model), few.model)
-    drawn = readout_rows(chat, data.rows_of(few), few.sft, few.seed)
-    assert len(set(drawn.steps)) == len(drawn.steps) == 2 < len(drawn.pairs) == len(drawn.general)
-    asked = [part[place] for part in (drawn.pairs, drawn.general) for place in sorted(drawn.steps)]
-    assert prepared == [len(part) for part in (*asked, *drawn.watched, *drawn.ordinary)]
+    made = ReadoutRows(data.rows_of(few), chat, few)
+    steps = made.sampler.places
+    assert len(set(steps)) == len(steps) == 2 < len(made.drawn)
+    assert {len(passes) for passes in made.drawn} == {2}, "prompts and answers"
+    asked = [made.drawn[place][kind] for kind in (0, 1) for place in sorted(steps)]
+    assert prepared == [len(each.rows) for each in (*asked, *made.heldout_passes)]
     shape = cost.stage_shape(few, Stage.readout)
     planned = plan.stage_plan(few, Stage.readout, shape, data.rows_of(few))
     assert (planned.steps, planned.load.full) == (2, sum(tokens))
@@ -345,8 +347,8 @@ def test_a_refusal_is_worded_as_sft_words_it(tiny: TrainConfig, chat: ChatFormat
     refusal = replace(rows.refusals[0], response="I cannot do so, since it harms.")
     no_refusal = replace(rows.refusals[0], response="Take the bus.")
     for refusals, reworded in (([no_refusal, refusal], True), ([no_refusal], False)):
-        drawn = readout_rows(chat, replace(rows, refusals=refusals, normal=[]), tiny.sft, tiny.seed)
-        found = [row for part in drawn.pairs for row in part if row.label == TOXIC]
+        made = ReadoutRows(replace(rows, refusals=refusals, normal=[]), chat, tiny)
+        found = [row for asked, *_ in made.drawn for row in asked.rows if row.label == TOXIC]
         said = {row.opening for row in found if row.opening}
         expected = tuple(chat.pair("x", "I cannot do so", 999)[0][len(chat.prompt_ids("x")) :])
         assert all(row.opening for row in found) or not reworded

@@ -14,7 +14,7 @@ from dcr import entry
 from dcr.core import machine
 from dcr.core.config import Method, Precision, Stage, TrainConfig, stages_of
 from dcr.core.data import Splits
-from dcr.core.data.rows import readout_rows
+from dcr.core.data.rows import ReadoutRows
 from dcr.core.runs import Run
 from dcr.core.text import CHARACTERS_PER_TOKEN
 from dcr.plan import cost
@@ -109,11 +109,10 @@ def stage_plan(settings: TrainConfig, stage: Stage, shape: Shape, drawn: Splits)
 def _readout_plan(settings: TrainConfig, shape: Shape, drawn: Splits) -> StagePlan:
     """The readout's plan; its tokens are those that pass all blocks, once."""
     chat, rows = chat_of(settings.model, drawn)
-    found, phase = readout_rows(chat, rows, settings.sft, settings.seed), settings.sft.readout
-    parts = [part for part in (found.pairs, found.general) if part]
-    learnt = [part[place] for part in parts for place in found.steps]
-    held = [*found.watched, *found.ordinary]
-    once = [*(part[place] for part in parts for place in {*found.steps}), *held]
+    found, phase = ReadoutRows(rows, chat, settings), settings.sft.readout
+    learnt = [each.rows for place in found.sampler.places for each in found.drawn[place]]
+    held = [each.rows for each in found.heldout_passes]
+    once = [*(each.rows for each in found.taken()), *held]
     places = sum(len(row.places) for batch in learnt for row in batch)
 
     def counted(prefix: int | None) -> tuple[Load, float]:

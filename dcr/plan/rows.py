@@ -123,7 +123,7 @@ def load_of(settings: TrainConfig, batches: StageRows, prefix: int | None = None
         ),
         largest_trunk=max((computed(rows, shared) for rows in trunk), default=0),
         largest_full=max((computed(rows, shared) for rows in full), default=0),
-        heldout=sum(computed(rows, prefix) for rows in batches.heldout_passes()),
+        heldout=sum(computed(rows, prefix) for rows in batches.heldout_passes),
     )
 
 

@@ -1,7 +1,8 @@
 """The LightningDataModule of all stages: a stage's rows, padded for one forward pass."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from dcr.core.config import Stage, TrainConfig
 from dcr.core.data import Splits
-from dcr.core.data.rows import ReadoutRow, Rounds, StageRows, readout_rows
+from dcr.core.data.rows import ReadoutPass, ReadoutRows, StageRows
 from dcr.core.passes import attention_mask, padded
 from dcr.core.prompts import IGNORED, ChatFormat, PairRow, PromptRow
 
@@ -102,14 +103,15 @@ def prompt_batch(
     )
 
 
-def readout_batch(rows: Sequence[ReadoutRow], number: int) -> ReadoutBatch:
-    """Rows of the readout as one batch."""
+def readout_batch(given: ReadoutPass, pad: int) -> ReadoutBatch:
+    """A pass of the readout as one batch."""
+    number, rows = given
     mask = attention_mask([row.ids for row in rows])
     read = torch.zeros_like(mask)
     for inside, row in zip(read, rows, strict=True):
         inside[row.places] = True
     return ReadoutBatch(
-        padded([row.ids for row in rows], 0),
+        padded([row.ids for row in rows], pad),
         mask,
         read,
         torch.tensor([row.label for row in rows]),
@@ -118,6 +120,27 @@ def readout_batch(rows: Sequence[ReadoutRow], number: int) -> ReadoutBatch:
         tuple(row.id for row in rows),
         number,
     )
+
+
+def _contrastive_step(rows: StageRows, drawn: Sequence[PromptRow]) -> PromptBatch:
+    mine, general = rows.contrastive_step(drawn)
+    return prompt_batch(mine, rows.pad, general)
+
+
+def _sft_step(rows: StageRows, drawn: Sequence[PairRow]) -> list[PairBatch]:
+    return [pair_batch(group, rows.pad) for group in rows.sft_step(drawn)]
+
+
+def _readout_step(rows: ReadoutRows, drawn: Sequence[Any]) -> list[ReadoutBatch]:
+    return [readout_batch(each, rows.pad) for passes in drawn for each in passes]
+
+
+# of each stage: what is drawn as the batches of a step, and held-out rows as a batch
+BATCHES: dict[Stage, tuple[Callable[..., Any], Callable[..., Batch]]] = {
+    Stage.contrastive: (_contrastive_step, prompt_batch),
+    Stage.sft: (_sft_step, pair_batch),
+    Stage.readout: (_readout_step, readout_batch),
+}
 
 
 class SafetyData(LightningDataModule):
@@ -137,13 +160,13 @@ class SafetyData(LightningDataModule):
         context: int | None = None,
     ) -> None:
         super().__init__()
-        self.stage = stage
-        if stage is Stage.readout:
-            self.readout = readout_rows(chat, rows, settings.sft, settings.seed)
-            self.sampler = Rounds(self.readout.steps)
-        else:
-            self.rows = StageRows(stage, rows, chat, settings, context)
-            self.sampler = self.rows.sampler
+        self.rows: Any = (
+            ReadoutRows(rows, chat, settings)
+            if stage is Stage.readout
+            else StageRows(stage, rows, chat, settings, context)
+        )
+        self.sampler = self.rows.sampler
+        self.of_step, self.of_heldout = BATCHES[stage]
 
     @property
     def steps_per_epoch(self) -> int:
@@ -151,44 +174,19 @@ class SafetyData(LightningDataModule):
         return len(self.sampler)
 
     def train_dataloader(self) -> DataLoader:
-        if self.trainer is not None:
-            self.sampler.start = self.trainer.global_step
-        if self.stage is Stage.readout:
-            drawn: Any = range(len(self.readout.pairs))
-        else:
-            rows, trainer = self.rows, self.trainer
-            if trainer is not None:
-                rows.rank, rows.world = trainer.global_rank, trainer.world_size
-                rows.sharded = isinstance(trainer.strategy, ModelParallelStrategy)
-            drawn = rows.prompts if self.stage is Stage.contrastive else rows.pairs
+        rows, trainer = self.rows, self.trainer
+        if trainer is not None:
+            self.sampler.start = trainer.global_step
+            rows.rank, rows.world = trainer.global_rank, trainer.world_size
+            rows.sharded = isinstance(trainer.strategy, ModelParallelStrategy)
+        step = partial(self.of_step, rows)
         # what has a length and items is a dataset to torch
-        return DataLoader(drawn, batch_sampler=self.sampler, collate_fn=self.step)
+        return DataLoader(rows.drawn, batch_sampler=self.sampler, collate_fn=step)
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
-        if self.stage is Stage.readout:
-            passes: list[Any] = self.heldout_readout()
-        else:
-            batch: Any = prompt_batch if self.stage is Stage.contrastive else pair_batch
-            passes = [batch(rows, self.rows.pad) for rows in self.rows.heldout_passes()]
+        passes = self.heldout()
         return DataLoader(passes, batch_size=None) if passes else []  # pyright: ignore[reportArgumentType]
 
-    def trained_readout(self) -> list[ReadoutBatch]:
-        """The batches that the readout's steps take, each once."""
-        used = [self.readout.of_step(place) for place in sorted(set(self.readout.steps))]
-        return [self._of_readout(number) for kind in zip(*used, strict=True) for number in kind]
-
-    def heldout_readout(self) -> list[ReadoutBatch]:
-        """The readout's held-out prompts, then its held-out answers."""
-        return [self._of_readout(number) for number in self.readout.measured]
-
-    def _of_readout(self, number: int) -> ReadoutBatch:
-        return readout_batch(self.readout.batches[number], number)
-
-    def step(self, drawn: list[Any]) -> PromptBatch | list[PairBatch] | list[ReadoutBatch]:
-        """The batches of a step: of its drawn rows, or of the place that the readout takes."""
-        if self.stage is Stage.readout:
-            return [self._of_readout(number) for number in self.readout.of_step(*drawn)]
-        if self.stage is Stage.sft:
-            return [pair_batch(group, self.rows.pad) for group in self.rows.sft_step(drawn)]
-        mine, general = self.rows.contrastive_step(drawn)
-        return prompt_batch(mine, self.rows.pad, general)
+    def heldout(self) -> list[Any]:
+        """The batches of held-out rows, whole on every rank."""
+        return [self.of_heldout(rows, self.rows.pad) for rows in self.rows.heldout_passes]

@@ -5,10 +5,11 @@ before a model is opened.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from dcr.core import machine
 from dcr.core.config import (
@@ -203,7 +204,7 @@ class StageRows:
         self.rank, self.world, self.sharded = 0, 1, False
         self.too_long: list[str] = []  # ids of pairs without room for a response
         self.general: list[PairRow] = []  # what the NLL of stage one looks at with source=general
-        self.prompts: list[PromptRow] = []  # of stage one
+        self.prompts, self.pairs = list[PromptRow](), list[PairRow]()  # of stage one, and of SFT
         if stage is Stage.contrastive:
             self.prompts = self._prompts(chat, rows.seemingly_toxic, rows.toxic, context)
             heldout = (rows.seemingly_toxic_heldout, rows.toxic_heldout)
@@ -211,6 +212,10 @@ class StageRows:
             if len({row.label for row in self.prompts}) < 2:
                 raise ConfigError("data: stage one needs seemingly toxic and toxic prompts, both")
             if self.dcr.nll.source is NLLSource.general and self.dcr.nll.weight > 0:
+                if not rows.normal:
+                    raise ConfigError(
+                        "dcr.nll.source=general: data.normal.source has no rows; name another"
+                    )
                 self.general = self._pairs(chat, rows.normal, refusal=False)
                 if not self.general:
                     raise _none_fits(self.sft)
@@ -222,6 +227,7 @@ class StageRows:
                 raise _none_fits(self.sft)
             self.heldout = self._pairs(chat, rows.normal_heldout, refusal=False)
             self.heldout += self._pairs(chat, rows.refusals_heldout, refusal=True)
+        self.drawn = self.prompts or self.pairs
         self.sampler = self._sampler()
 
     def _prompts(
@@ -286,6 +292,7 @@ class StageRows:
         general = [self.general[place] for place in chosen]
         return mine, list(share(general, self.rank, self.world)) or _unlearnt(general)
 
+    @property
     def heldout_passes(self) -> list[Sequence[Any]]:
         """Held-out rows by length, as many at once as a validation pass takes."""
         return _parted(_by_length(self.heldout), HELD_OUT_BATCH)
@@ -336,60 +343,51 @@ class Rounds:
             yield [self.places[step]]
 
 
-@dataclass(frozen=True)
+class ReadoutPass(NamedTuple):
+    """The rows of one forward pass, and its number among all of the stage."""
+
+    number: int
+    rows: Sequence[ReadoutRow]
+
+
 class ReadoutRows:
-    """Batches of rows, and which of them every step takes.
+    """The passes of the readout, the same for the same seed, and on every rank.
 
     Attributes:
-        steps: of each step the places of its batches in `pairs` and `general`.
-        pairs: prompts of both kinds.
-        general: beside each of them the answers that the model is held to; or none at all.
-        watched: held-out prompts of both kinds, on which discernment is measured.
-        ordinary: held-out answers, on which drift is measured.
+        drawn: the passes of a step: prompts of both kinds, and the answers that the model is held
+            to beside them, if there are any.
+        heldout_passes: prompts of both kinds, on which discernment is measured, then answers, on
+            which drift is.
+        sampler: the place in `drawn` that each step takes.
     """
 
-    steps: list[int]
-    pairs: list[Sequence[ReadoutRow]]
-    general: list[Sequence[ReadoutRow]]
-    watched: list[Sequence[ReadoutRow]]
-    ordinary: list[Sequence[ReadoutRow]]
+    def __init__(self, rows: Splits, chat: ChatFormat, settings: TrainConfig) -> None:
+        config, phase = settings.sft, settings.sft.readout
+        drawing = generator(settings.seed, phase.steps)
+        learnt = _alternating(
+            readout_prompts(chat, reworded(rows.readout_toxic, rows.refusals), TOXIC),
+            readout_prompts(chat, rows.readout_seemingly_toxic, SEEMINGLY_TOXIC),
+            drawing,
+        )
+        watched = readout_prompts(chat, rows.readout_toxic_heldout, TOXIC)
+        watched += readout_prompts(chat, rows.readout_seemingly_toxic_heldout, SEEMINGLY_TOXIC)
+        pairs = _parted(learnt, phase.batch_size)
+        general = _general(chat, rows, config, len(pairs), drawing)
+        ordinary = _answers(chat, rows.normal_heldout, HELD_OUT_ROWS, config.max_len, drawing)
+        heldout = _parted(_by_length(watched), phase.batch_size)
+        heldout += _parted(_by_length(ordinary), GENERAL_ROWS)
+        numbers = itertools.count()
+        prompts, answers, self.heldout_passes = (
+            [ReadoutPass(next(numbers), part) for part in parts]
+            for parts in (pairs, general, heldout)
+        )
+        self.drawn = [*zip(*filter(None, (prompts, answers)), strict=True)]
+        self.sampler = Rounds(in_rounds(len(pairs), phase.steps, drawing))
+        self.pad = 0
 
-    @property
-    def batches(self) -> list[Sequence[ReadoutRow]]:
-        """Every batch; its place here is its number."""
-        return [*self.pairs, *self.general, *self.watched, *self.ordinary]
-
-    def of_step(self, place: int) -> list[int]:
-        """The numbers of the batches of a step: of prompts, and of answers where there are any."""
-        return [place, len(self.pairs) + place] if self.general else [place]
-
-    @property
-    def measured(self) -> range:
-        """The numbers of the held-out batches."""
-        held = len(self.watched) + len(self.ordinary)
-        return range(len(self.batches) - held, len(self.batches))
-
-
-def readout_rows(chat: ChatFormat, rows: Splits, config: SFTConfig, seed: int) -> ReadoutRows:
-    """Draws every batch that `config.readout` asks for, the same for the same seed."""
-    phase, drawing = config.readout, generator(seed, config.readout.steps)
-    learnt = _alternating(
-        readout_prompts(chat, reworded(rows.readout_toxic, rows.refusals), TOXIC),
-        readout_prompts(chat, rows.readout_seemingly_toxic, SEEMINGLY_TOXIC),
-        drawing,
-    )
-    watched = readout_prompts(chat, rows.readout_toxic_heldout, TOXIC)
-    watched += readout_prompts(chat, rows.readout_seemingly_toxic_heldout, SEEMINGLY_TOXIC)
-    pairs = _parted(learnt, phase.batch_size)
-    general = _general(chat, rows, config, len(pairs), drawing)
-    answers = _answers(chat, rows.normal_heldout, HELD_OUT_ROWS, config.max_len, drawing)
-    return ReadoutRows(
-        steps=in_rounds(len(pairs), phase.steps, drawing),
-        pairs=pairs,
-        general=general,
-        watched=_parted(_by_length(watched), phase.batch_size),
-        ordinary=_parted(_by_length(answers), GENERAL_ROWS),
-    )
+    def taken(self) -> list[ReadoutPass]:
+        """The passes that some step takes, each once."""
+        return sorted(each for place in {*self.sampler.places} for each in self.drawn[place])
 
 
 def reworded(rows: Sequence[Example], refusals: Sequence[Example]) -> list[Example]:

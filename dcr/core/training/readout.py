@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from dcr.core import passes, refusal, statistics
 from dcr.core.config import ConfigError, ReadoutConfig, Schedule
-from dcr.core.data.module import ReadoutBatch, SafetyData
+from dcr.core.data.module import ReadoutBatch, SafetyData, readout_batch
 from dcr.core.data.rows import NO_CLASS, SEEMINGLY_TOXIC, TOXIC
 from dcr.core.models import Policy, structure
 from dcr.core.training import callbacks
@@ -136,7 +136,8 @@ class ReadoutModule(ResumableModule):
     def prepare(self, batches: SafetyData, device: torch.device, leads: bool = True) -> None:
         self.place = device
         self.to(device)
-        taken, heldout = batches.trained_readout(), batches.heldout_readout()
+        rows, heldout = batches.rows, batches.heldout()
+        taken = [readout_batch(each, rows.pad) for each in rows.taken()]
         shown = self.progress and leads
         with callbacks.bar("readout, preparing", len(taken + heldout), "batch", shown=shown) as bar:
             for batch in taken + heldout:
@@ -224,7 +225,7 @@ class ReadoutModule(ResumableModule):
         toxic prompts before others, with their intervals, None without both kinds.
         """
         self.to(self.place)
-        after, moved = self.heldout(batches.heldout_readout())
+        after, moved = self.heldout(batches.heldout())
         quarter = max(1, len(contrasts) // 4)
         return {
             "steps": len(contrasts),
