@@ -10,7 +10,7 @@ from dataclasses import replace
 from lightning.pytorch.utilities import rank_zero_only
 
 from dcr.core import config, data, extending, machine, models, runs, storage, training
-from dcr.core.config import ConfigError, Method, NLLSource, Stage, TrainConfig
+from dcr.core.config import ConfigError, Method, Stage, TrainConfig
 from dcr.core.data import Splits
 from dcr.core.runs import Run
 from dcr.core.storage import Lease
@@ -68,7 +68,7 @@ def checked(settings: TrainConfig, run: Run) -> Splits:
     config.block_of(settings.dcr, models.facts(settings.model).depth)
     wanted = config.stages_of(settings)
     rows = data.rows_of(settings)
-    _check_input(settings, run, wanted, rows)
+    _check_input(settings, run, wanted)
     training.check(settings, rows, [stage for stage in wanted if not run.done(stage.value)])
     return rows
 
@@ -98,19 +98,17 @@ def _check_devices(settings: TrainConfig) -> None:
             f"trainer.num_nodes={options.num_nodes}: no launcher says which node this is, and the "
             "others would be waited for; start it with torchrun or srun on each node"
         )
-    processes = options.devices * options.num_nodes
-    sizes = {Stage.contrastive: ("dcr", settings.dcr.batch_size)}
-    sizes[Stage.sft] = "sft", settings.sft.batch_size
-    for stage in config.stages_of(settings):
-        name, size = sizes.get(stage, ("", processes))  # the readout's batches are not shared
-        if size < processes:
+    processes, wanted = options.devices * options.num_nodes, config.stages_of(settings)
+    shared = (Stage.contrastive, "dcr", settings.dcr), (Stage.sft, "sft", settings.sft)
+    for stage, name, node in shared:  # the readout's batches are not
+        if stage in wanted and node.batch_size < processes:
             raise ConfigError(
-                f"{name}.batch_size={size}: is the batch of all {processes} processes of "
-                "trainer.devices and trainer.num_nodes, of which each needs a row; give more"
+                f"{name}.batch_size={node.batch_size}: is the batch of all {processes} processes "
+                "of trainer.devices and trainer.num_nodes, of which each needs a row; give more"
             )
 
 
-def _check_input(settings: TrainConfig, run: Run, wanted: tuple[Stage, ...], rows: Splits) -> None:
+def _check_input(settings: TrainConfig, run: Run, wanted: tuple[Stage, ...]) -> None:
     chain = config.stages_of(replace(settings, stage=Stage.all))
     first = chain.index(wanted[0])
     before = chain[first - 1].value if first else None
@@ -119,10 +117,6 @@ def _check_input(settings: TrainConfig, run: Run, wanted: tuple[Stage, ...], row
             f"stage={wanted[0].value}: {run.folder} holds no {before}/ to start from; run "
             f"stage={before} or stage=all with the same settings first"
         )
-    anchor = settings.dcr.nll
-    anchored = anchor.source is NLLSource.general and anchor.weight > 0
-    if Stage.contrastive in wanted and anchored and not rows.normal:
-        raise ConfigError("dcr.nll.source=general: data.normal.source has no rows; name another")
 
 
 @contextmanager

@@ -222,6 +222,14 @@ def use(passes: Passes) -> None:
     _used[0] = passes
 
 
+def lightened(settings: TrainConfig, model: Any, block: int, whole: bool) -> bool:
+    """Calls `shrink_frozen` if it should be with these settings, and says whether it was."""
+    light = current().shrinks_frozen(settings)
+    if light:
+        current().shrink_frozen(model, block, whole)
+    return light
+
+
 # --- hidden states -------------------------------------------------------------------------------
 
 

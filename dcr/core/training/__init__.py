@@ -23,6 +23,7 @@ from dcr.core.config import (
     FSDP,
     Adapter,
     ConfigError,
+    LoraConfig,
     Method,
     Precision,
     Quantization,
@@ -63,11 +64,6 @@ LIGHTNING_PRECISION = {
     Precision.bf16: "bf16-mixed",
     Precision.fp32: "32-true",
 }
-STEP_LOSS = {
-    Stage.contrastive: "contrastive/step_circle",
-    Stage.sft: "sft/step_nll",
-    Stage.readout: "readout/step_contrast",
-}
 
 
 @dataclass(frozen=True)
@@ -90,38 +86,30 @@ def check(settings: TrainConfig, rows: Splits, wanted: Sequence[Stage]) -> None:
     be, and where no training pair fits, and DataError for a prompt longer than the context or a
     conversation that the template refuses.
     """
-    facts = models.facts(settings.model)
-    phase = settings.sft.readout
-    if phase.steps and phase.blocks > facts.depth:
-        raise ConfigError(f"sft.readout.blocks={phase.blocks}: the model has {facts.depth}")
-    if (
-        settings.trainer.strategy == FSDP
-        and Stage.contrastive in wanted
-        and settings.dcr.train_embeddings
-        and facts.tied
-    ):
-        raise ConfigError(
-            "trainer.strategy=fsdp dcr.train_embeddings=true: the embeddings are the head as well, "
-            "which cannot be split between the two; leave them frozen, or use trainer.strategy=ddp"
-        )
+    facts, first, sft = models.facts(settings.model), settings.dcr, settings.sft
     chat = prompts.chat_format(models.open_tokenizer(settings.model), settings.model)
     for part in rows.parts().values():
         chat.check(part)
-    for stage in wanted:
-        if stage is Stage.readout:
-            continue
-        first = stage is Stage.contrastive
-        lora = settings.dcr.lora if first else settings.sft.lora
-        if not first or settings.dcr.adapter is Adapter.lora:
-            last = block_of(settings.dcr, facts.depth) if first else None
-            with callbacks.quiet():
-                structure.add_lora(
-                    models.skeleton(settings.model), lora, settings.seed, blocks=last
-                )
-        if first:
-            StageRows(stage, rows, chat, settings, facts.context)
-        else:
-            check_lengths(chat, rows, settings.sft, facts.context)
+    if Stage.contrastive in wanted:
+        if settings.trainer.strategy == FSDP and first.train_embeddings and facts.tied:
+            raise ConfigError(
+                "trainer.strategy=fsdp dcr.train_embeddings=true: the embeddings are the head as "
+                "well, which cannot be split between the two; leave them frozen, or use "
+                "trainer.strategy=ddp"
+            )
+        if first.adapter is Adapter.lora:
+            _check_targets(settings, first.lora, block_of(first, facts.depth))
+        StageRows(Stage.contrastive, rows, chat, settings, facts.context)
+    if Stage.sft in wanted:
+        _check_targets(settings, sft.lora)
+        check_lengths(chat, rows, sft, facts.context)
+    if sft.readout.steps and sft.readout.blocks > facts.depth:
+        raise ConfigError(f"sft.readout.blocks={sft.readout.blocks}: the model has {facts.depth}")
+
+
+def _check_targets(settings: TrainConfig, lora: LoraConfig, blocks: int | None = None) -> None:
+    with callbacks.quiet():
+        structure.add_lora(models.skeleton(settings.model), lora, settings.seed, blocks=blocks)
 
 
 def train_contrastive(job: Job) -> None:
@@ -132,15 +120,12 @@ def train_contrastive(job: Job) -> None:
     batches = _batches(job, Stage.contrastive, policy, chat)
     total = batches.steps_per_epoch * settings.dcr.epochs
     module = ContrastiveModule(policy, settings.dcr, job.block, total)
-    light = passes.current().shrinks_frozen(settings)
-    if light:
-        passes.current().shrink_frozen(policy.model, job.block, whole=module.anchored)
+    light = passes.lightened(settings, policy.model, job.block, whole=module.anchored)
     trainer = _fit(job, Stage.contrastive, module, policy, chat, batches, total)
     trained = structure.trained(policy.model)
     if trainer.is_global_zero:
-        narrow = structure.is_quantised(policy.model)
-        if light or narrow or structure.is_sharded(policy.model):  # weights that are not whole here
-            policy = _contrastive_start(job, whole=True)
+        if light or structure.is_quantised(policy.model) or structure.is_sharded(policy.model):
+            policy = _contrastive_start(job, whole=True)  # no whole weights are here
             policy.model.load_state_dict(trained, strict=False)
         if settings.dcr.adapter is Adapter.lora:
             policy = Policy(policy.model.merge_and_unload(), policy.tokenizer, policy.name)
@@ -181,9 +166,7 @@ def train_readout(job: Job) -> None:
     module = ReadoutModule(policy, phase, openings, settings.trainer.progress)
     trainer = _fit(job, Stage.readout, module, policy, chat, batches, phase.steps)
     if trainer.is_global_zero:
-        rows = runs.read_metrics(run)
-        contrasts = [row["value"] for row in rows if row["key"] == STEP_LOSS[Stage.readout]]
-        record = module.record(batches, contrasts, settings.seed)
+        record = module.record(batches, runs.read_metrics(run), settings.seed)
         storage.write_json(run.readout_file, record)
         folders.save_adapter(policy, run.stage("readout"), folders.adapter_base(before))
         log.info("readout: %s", summary(record))
@@ -289,14 +272,11 @@ def _trainer(
     between: Sequence[Callback],
 ) -> Trainer:
     settings, options = job.settings, job.settings.trainer
-    contrastive = stage is Stage.contrastive
-    precision = settings.dcr.precision if contrastive else settings.sft.precision
-    # the readout reads states of a whole pass, which was made without autocast
-    arithmetic = Precision.fp32 if stage is Stage.readout else precision
-    bar = callbacks.Progress(stage.value, total, STEP_LOSS[stage])
+    node = settings.dcr if stage is Stage.contrastive else settings.sft
+    bar = callbacks.Progress(stage.value, total, module.step_loss)
     followed = [
         # it stops at the end of a step before anything is measured or saved there
-        callbacks.StepClock(job.run, stage.value, precision.value),
+        callbacks.StepClock(job.run, stage.value, node.precision.value),
         *between,
         *([bar] if options.progress else []),
         resuming.StepSeed(settings.seed),
@@ -309,12 +289,12 @@ def _trainer(
         job.run,
         stage.value,
         module,
-        arithmetic,
+        module.arithmetic,
         loggers=job.loggers,
-        strategy=_strategy(settings, stage),
+        strategy=_strategy(settings, module),
         max_epochs=epochs,
         callbacks=followed,
-        gradient_clip_val=settings.dcr.optim.clip if contrastive else None,
+        gradient_clip_val=module.clip,
     )
 
 
@@ -353,12 +333,12 @@ def lightning_trainer(
     )
 
 
-def _strategy(settings: TrainConfig, stage: Stage) -> str | Strategy:
+def _strategy(settings: TrainConfig, module: resuming.ResumableModule) -> str | Strategy:
     options = settings.trainer
     processes = options.devices * options.num_nodes
     if options.strategy != FSDP:
         return options.strategy
-    if stage is Stage.readout:  # whose last blocks run by themselves
+    if not module.splits:
         return "ddp" if processes > 1 else "auto"
     return extending.ours(settings.table.sharding).strategy(processes)
 

@@ -95,11 +95,14 @@ class ContrastiveModule(ResumableModule):
     The policy's weights are changed in place.
     """
 
+    step_loss = "contrastive/step_circle"
+
     def __init__(
         self, policy: Policy, config: ContrastiveConfig, block: int, total_steps: int
     ) -> None:
         super().__init__()
         self.config, self.block, self.total_steps = config, block, total_steps
+        self.arithmetic, self.clip = config.precision, config.optim.clip
         self.model = policy.model
         if config.adapter is Adapter.full:
             structure.freeze_beyond(self.model, block, config.train_embeddings)
@@ -119,7 +122,7 @@ class ContrastiveModule(ResumableModule):
         features, labels = of_all_ranks(features, batch.labels)
         circle, floor = self.circle(features, labels)
         loss = self.checked(circle + self.config.nll.weight * nll, batch.names)
-        self.log("contrastive/step_circle", circle)
+        self.log(self.step_loss, circle)
         leads = self.global_rank == 0
         self.train_metrics.add(features, labels, circle, floor, counts=leads)
         self.train_metrics.log_to(self)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dcr.core import passes, refusal, statistics
-from dcr.core.config import ConfigError, ReadoutConfig, Schedule
+from dcr.core.config import ConfigError, Precision, ReadoutConfig, Schedule
 from dcr.core.data.module import ReadoutBatch, SafetyData, readout_batch
 from dcr.core.data.rows import NO_CLASS, SEEMINGLY_TOXIC, TOXIC
 from dcr.core.models import Policy, structure
@@ -106,6 +106,9 @@ class ReadoutModule(ResumableModule):
     refusals, and `progress` shows a bar while batches are prepared.
     """
 
+    step_loss = "readout/step_contrast"
+    arithmetic = Precision.fp32  # states of a whole pass were made without autocast
+    splits = False  # its last blocks run by themselves
     openings: Tensor
 
     def __init__(
@@ -156,7 +159,7 @@ class ReadoutModule(ResumableModule):
         prompts, *answers = batch
         contrast, wording = self.contrast(prompts)
         loss = contrast + WORDING * wording
-        self.log("readout/step_contrast", contrast)
+        self.log(self.step_loss, contrast)
         for held in answers:
             moved = self.drifted(held).mean()
             self.log("readout/step_drift", moved)
@@ -218,13 +221,16 @@ class ReadoutModule(ResumableModule):
         self.scores, self.moved = {TOXIC: [], SEEMINGLY_TOXIC: []}, []
         return found
 
-    def record(self, batches: SafetyData, contrasts: Sequence[float], seed: int) -> dict[str, Any]:
-        """The outcome of training, whose steps had these `contrasts`; for `readout.json`.
+    def record(
+        self, batches: SafetyData, metrics: Iterable[Mapping[str, Any]], seed: int
+    ) -> dict[str, Any]:
+        """The outcome of training, which left these rows in `metrics.csv`; for `readout.json`.
 
         Losses are means over the first and the last quarter of the steps, AUROCs those of refusing
         toxic prompts before others, with their intervals, None without both kinds.
         """
         self.to(self.place)
+        contrasts = [row["value"] for row in metrics if row["key"] == self.step_loss]
         after, moved = self.heldout(batches.heldout())
         quarter = max(1, len(contrasts) // 4)
         return {

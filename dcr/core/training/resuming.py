@@ -32,7 +32,7 @@ from torch.utils.hooks import RemovableHandle
 from torchmetrics import MeanMetric
 
 from dcr.core import extending, machine, storage
-from dcr.core.config import Moments, Schedule, UserError
+from dcr.core.config import Moments, Precision, Schedule, UserError
 from dcr.core.models import structure
 
 log = logging.getLogger(__name__)
@@ -125,9 +125,20 @@ def epoch_mean() -> MeanMetric:
 
 
 class ResumableModule(LightningModule):
-    """A module whose checkpoints hold trainable tensors and metric states alone."""
+    """A module whose checkpoints hold trainable tensors and metric states alone.
+
+    Attributes:
+        step_loss: the key of the loss that the bar shows.
+        arithmetic: of passes, which Lightning makes under autocast unless it is fp32.
+        clip: the greatest norm of gradients, None for any.
+        splits: whether its weights may be split over processes.
+    """
 
     model: Any
+    step_loss: str
+    arithmetic: Precision
+    clip: float | None = None
+    splits = True
 
     def __init__(self) -> None:
         super().__init__()

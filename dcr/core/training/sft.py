@@ -23,10 +23,12 @@ class SFTModule(ResumableModule):
     over a batch weighs every response token alike.
     """
 
+    step_loss = "sft/step_nll"
+
     def __init__(self, policy: Policy, config: SFTConfig, total_steps: int) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.config, self.total_steps = config, total_steps
+        self.config, self.total_steps, self.arithmetic = config, total_steps, config.precision
         self.model = policy.model
         if config.gradient_checkpointing:
             self.recompute_blocks()
@@ -44,7 +46,7 @@ class SFTModule(ResumableModule):
                 self.manual_backward(part * self.trainer.world_size)
             self.count(self.train_nll, micro, per_token)
         self.optimise()
-        self.log("sft/step_nll", torch.stack(parts).sum(), sync_dist=True, reduce_fx="sum")
+        self.log(self.step_loss, torch.stack(parts).sum(), sync_dist=True, reduce_fx="sum")
         self.log_nll(self.train_nll, "")
 
     def validation_step(self, batch: PairBatch, _: int) -> None:
