@@ -41,7 +41,11 @@ TRAIN = {
     "other beside it; give 3 or more",
     "sft.lora.targets=[]": "sft.lora.targets=[]: name modules, or [all-linear]",
     "data.normal.count=100000": "data.normal.count asks for 100000 rows: only ",
-    "data.toxic.source=demo_toxc": "no data source is called 'demo_toxc'; did you mean demo_toxic",
+    "data.toxic.source=demo_toxc": "data.toxic.source: no data source is called 'demo_toxc'; did "
+    "you mean demo_toxic",
+    "data.evaluation.safety=[nosuch]": "data.evaluation.safety: no data source is called 'nosuch'",
+    "sft.readout.steps=1 sft.readout.toxic=[demo_normal]": "sft.readout.toxic: demo_normal holds "
+    "normal prompts, not toxic",
     "data.toxic.source=no/such.jsonl": "no/such.jsonl: No such file or directory; check the path",
     "data.toxic.source=alpaca": "alpaca holds normal prompts, not toxic; choose another source",
     "model.name=../../etc/x": "model.name=../../etc/x: cannot be opened",

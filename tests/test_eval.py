@@ -1,6 +1,7 @@
 """From a run folder to completions, verdicts and one page, as `eval.py` and `dcr.report` do it."""
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from dcr import cli, keywords
 from dcr import eval as eval_entry
 from dcr.core import generation, refusal, storage
-from dcr.core.config import ConfigError, Precision, SourcesByKind, UserError
+from dcr.core.config import ConfigError, DataError, Precision, SourcesByKind, UserError
 from dcr.core.evaluation import metrics, subjects
 from dcr.core.models import folders
 from dcr.core.runs import Run
@@ -387,6 +388,42 @@ def test_no_bar_stands_before_the_line_of_a_model_that_cannot_be_opened(
             *resolved(f"run={fresh.folder}", "gen.max_new_tokens=3", "trainer.progress=true")
         )
     assert "prompt" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task", ["discernment", "safety"])
+def test_no_bar_stands_before_the_line_of_a_prompt_beyond_the_context(
+    task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"prompt": "a" * 5000}))
+    told = ("model=tiny", f"output={tmp_path / 'out'}", f"tasks=[{task}]", "trainer.progress=true")
+    with pytest.raises(DataError, match=r"the model's context of 2048; shorten it$"):
+        eval_entry.evaluate(*resolved(*told, f"data.evaluation.safety=[{long}]"))
+    assert "prompt" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("tasks", "empty"),
+    [
+        ("[over_refusal,safety]", ["over_refusal", "safety"]),
+        ("[safety]", ["safety"]),
+        ("[discernment]", ["over_refusal", "safety"]),
+    ],
+)
+def test_tasks_without_a_prompt_are_refused(tasks: str, empty: list[str], tmp_path: Path) -> None:
+    told = ["model=tiny", f"output={tmp_path / 'out'}", f"tasks={tasks}"]
+    told += [f"data.evaluation.{name}=[]" for name in empty]
+    keys = " ".join(f"data.evaluation.{name}=[]" for name in empty)
+    with pytest.raises(ConfigError, match=re.escape(f"tasks={tasks} {keys}: no prompts to ask")):
+        eval_entry.evaluate(*resolved(*told))
+    assert not (tmp_path / "out").exists()
+
+
+def test_tasks_that_need_no_prompts_go_on_without_any() -> None:
+    told = ("model=tiny", "data.evaluation.over_refusal=[]", "data.evaluation.safety=[]")
+    settings, _ = resolved(*told, "tasks=[safety,ability]")
+    asked = metrics.read(settings)
+    assert ([*asked.tasks], asked.sets, asked.ranked) == (["ability"], [], [])
 
 
 def test_answers_cut_where_keywords_have_decided_count_as_whole_ones(fresh: Run) -> None:

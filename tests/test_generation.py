@@ -467,7 +467,7 @@ def test_a_prompt_beyond_the_context_is_named_before_anything_runs(
     assert run(small, 1, fits, ROWS[:1])["p0"].id == "p0"
     monkeypatch.setattr(generation, "continued", None)
     message = rf"made: p0: its {length} tokens and {fits + 1} new ones exceed the model's context"
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=rf"{message} of 64; shorten it or lower gen\.max_new"):
         run(small, 1, fits + 1, ROWS[:1])
 
 

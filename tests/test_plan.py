@@ -1,5 +1,6 @@
 """plan=true against published parameter counts, the paper's step counts and measured tensors."""
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from dcr import cli, plan
 from dcr.core import data, models
 from dcr.core.config import (
     ConfigError,
+    DataError,
     Kind,
     LoraConfig,
     Method,
@@ -176,6 +178,14 @@ def test_rows_and_steps_are_those_of_training(local: Path, no_weights: None) -> 
     assert stage(told, Stage.contrastive).steps == 2 * math.ceil(160 / 32)
     pairs = len(drawn.normal) + len(drawn.refusals)
     assert stage(told, Stage.sft).steps_per_epoch == math.ceil(pairs / 7)
+
+
+def test_a_prompt_that_training_refuses_is_refused(local: Path, tmp_path: Path) -> None:
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"prompt": "a" * 5000}))
+    told = settings(f"model.name={local}", f"data.toxic.source=[demo_toxic,{long}]")
+    with pytest.raises(DataError, match=r"long\.jsonl: long-1: .* exceed the model's context of"):
+        plan.describe(replace(told, dcr=replace(told.dcr, ratio=None)))
 
 
 def test_tokens_of_a_local_folder_are_counted(local: Path) -> None:

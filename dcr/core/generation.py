@@ -110,7 +110,7 @@ def complete(
     gives the token ids that stand for a prompt, where they are not those of the chat.
 
     Raises DataError for a prompt longer than the model's context, and ConfigError if the model or
-    its template does not allow the decoding.
+    its template does not allow the decoding, when it is called rather than with the first batch.
     """
     waiting, size = ordered(policy, chat, rows, settings, decoding, encode)
 
@@ -127,7 +127,7 @@ def complete(
             for (row, _), answer, mass in zip(batch, answers, masses.tolist(), strict=True)
         ]
 
-    yield from machine.halving(waiting, size, "gen.batch_size", answered)
+    return machine.halving(waiting, size, "gen.batch_size", answered)
 
 
 def ordered(
@@ -163,9 +163,10 @@ def check_context(policy: Policy, encoded: Sequence[Encoded], new_tokens: int) -
     context = structure.context_length(policy.model.config)
     for row, ids in encoded:
         if len(ids) + new_tokens > context:
+            fewer = " or lower gen.max_new_tokens" if len(ids) < context else ""
             raise DataError(
                 f"{row.source}: {row.id}: its {len(ids)} tokens and {new_tokens} new ones exceed "
-                f"the model's context of {context}; shorten it or lower gen.max_new_tokens"
+                f"the model's context of {context}; shorten it{fewer}"
             )
 
 

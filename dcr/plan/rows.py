@@ -46,12 +46,17 @@ def tokenizer_is_here(config: ModelConfig) -> bool:
 def batches_of(settings: TrainConfig, stage: Stage, rows: Splits) -> tuple[StageRows, int]:
     """A stage's rows in order, and the number of template tokens that all of them begin with.
 
-    The rows are training's own, or have a token for every four characters.
+    The rows are training's own, or have a token for every four characters. Raises DataError as
+    training does for a prompt of stage one that exceeds the context.
     """
+    from dcr.core import models
+
     if stage is Stage.contrastive and not _anchored(settings):
         rows = replace(rows, normal=[])  # training tokenises them but uses none
     chat, rows = chat_of(settings.model, rows)
-    batches = StageRows(stage, rows, chat, settings)
+    # estimated tokens say nothing of what exceeds the context
+    context = models.facts(settings.model).context if tokenizer_is_here(settings.model) else None
+    batches = StageRows(stage, rows, chat, settings, context)
     batches.world = settings.trainer.devices * settings.trainer.num_nodes
     return batches, shared_prefix(chat)
 

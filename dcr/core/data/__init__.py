@@ -77,15 +77,13 @@ class Splits:
 
 def evaluation_prompts(config: DataConfig) -> dict[str, list[str]]:
     """The prompts of every evaluation set by its name."""
-    asked = (
-        (Kind.seemingly_toxic, config.evaluation.over_refusal),
-        (Kind.toxic, config.evaluation.safety),
-    )
-    return {
-        name: [row.prompt for row in sources.read(name, root=config.root, kind=kind, scored=True)]
-        for kind, names in asked
-        for name in names
-    }
+    evaluated: dict[str, list[str]] = {}
+    for task, kind in (("over_refusal", Kind.seemingly_toxic), ("safety", Kind.toxic)):
+        key = f"data.evaluation.{task}"
+        for name in getattr(config.evaluation, task):
+            rows = sources.read(name, root=config.root, kind=kind, scored=True, key=key)
+            evaluated[name] = [row.prompt for row in rows]
+    return evaluated
 
 
 def apart(
@@ -113,9 +111,10 @@ class Cleaning:
     def clean(self, node: str, kind: Kind, names: Sequence[str] | None = None) -> list[Example]:
         """The rows of a node's or the named sources, without evaluation prompts and repeats."""
         rows: list[Example] = []
+        key = f"data.{node}.source" if names is None else node.replace("readout_", "sft.readout.")
         for name in names or getattr(self.config, node).source:
             pairs = node in PAIR_NODES
-            read = sources.read(name, root=self.config.root, kind=kind, pairs=pairs)
+            read = sources.read(name, root=self.config.root, kind=kind, pairs=pairs, key=key)
             exempt = {name}
             if names is not None:
                 exempt |= self.contrasts(name)

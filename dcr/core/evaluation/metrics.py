@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dcr.core import extending, machine, results, storage
-from dcr.core.config import Kind
+from dcr.core.config import ConfigError, Kind
 from dcr.core.config.evaluation import EvalConfig
 from dcr.core.evaluation import protocols, scoring, sets, subjects
 from dcr.core.evaluation.protocols import Answers, Subject, Task, Work
@@ -51,13 +51,23 @@ class Asked:
 
 
 def read(settings: EvalConfig) -> Asked:
-    """Reads the prompts that the tasks need. Raises UserError for a fault of the data."""
+    """Reads the prompts that the tasks need.
+
+    Raises UserError for a fault of the data, and where all tasks need prompts and there are none.
+    """
     tasks = protocols.tasks(settings)
     answered = [name for name in settings.tasks if name in sets.TASKS]
     asked = _asked(settings, answered) if answered else []
     for task in tasks.values():
         asked = [*asked, *task.prompts(settings)]
     ranked = _asked(settings, list(sets.TASKS)) if sets.DISCERNMENT in settings.tasks else []
+    if not (tasks or asked or ranked):
+        both = sets.DISCERNMENT in settings.tasks
+        empty = [f"data.evaluation.{t}=[]" for t in sets.TASKS if both or t in settings.tasks]
+        raise ConfigError(
+            f"tasks=[{','.join(settings.tasks)}] {' '.join(empty)}: no prompts to ask; name "
+            "sources of them, or other tasks"
+        )
     return Asked(tasks, asked, ranked)
 
 

@@ -79,7 +79,15 @@ def of_tasks(
     sets would have one name.
     """
     read = [
-        read_set(source, TASKS[task], config.root, limit, seed, scored=True)
+        read_set(
+            source,
+            TASKS[task],
+            config.root,
+            limit,
+            seed,
+            scored=True,
+            key=f"data.evaluation.{task}",
+        )
         for task in tasks
         if task in TASKS
         for source in getattr(config.evaluation, task)
@@ -97,9 +105,10 @@ def read_set(
     limit: int | None,
     seed: int,
     scored: bool = False,
+    key: str = "",
 ) -> PromptSet:
-    """One set, cut to a seeded sample of `limit` rows; `scored` as in `sources.read`."""
-    rows = sources.read(source, root=root, kind=kind, scored=scored)
+    """One set, cut to a seeded sample of `limit` rows; `scored` and `key` as in `sources.read`."""
+    rows = sources.read(source, root=root, kind=kind, scored=scored, key=key)
     if limit is not None and limit < len(rows):
         rows = sources.draw(rows, limit, seed)
     return PromptSet(set_name(source), kind, rows)

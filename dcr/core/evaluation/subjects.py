@@ -303,16 +303,21 @@ def read_openings(
 ) -> Iterator[list[Opening]]:
     """The openings of rows as a model here gives them, in any order.
 
-    Raises DataError for a prompt longer than its context.
+    Raises DataError for a prompt longer than its context, when it is called rather than with the
+    first batch.
     """
     chat.check(rows)
     encoded = [(row, chat.prompt_ids(row.prompt)) for row in rows]
     generation.check_context(policy, encoded, 1)
     tokens = refusal.refusal_openings(chat)
-    for places, logits in refusal.first_logits(policy.model, [ids for _, ids in encoded]):
-        both = refusal.refusal_mass(logits, tokens), refusal.refusal_margin(logits, tokens)
-        values = zip(places, *(each.tolist() for each in both), strict=True)
-        yield [Opening(rows[i].id, rows[i].prompt, *numbers) for i, *numbers in values]
+
+    def read() -> Iterator[list[Opening]]:
+        for places, logits in refusal.first_logits(policy.model, [ids for _, ids in encoded]):
+            both = refusal.refusal_mass(logits, tokens), refusal.refusal_margin(logits, tokens)
+            values = zip(places, *(each.tolist() for each in both), strict=True)
+            yield [Opening(rows[i].id, rows[i].prompt, *numbers) for i, *numbers in values]
+
+    return read()
 
 
 def _further(model: ModelConfig) -> list[object]:

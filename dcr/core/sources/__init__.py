@@ -49,6 +49,7 @@ def read(
     kind: Kind | None = None,
     pairs: bool = False,
     scored: bool = False,
+    key: str = "",
 ) -> list[Example]:
     """All rows of a source, in its own order.
 
@@ -61,6 +62,7 @@ def read(
         pairs: only rows with a response. In a user's file, a row without one is an error.
         scored: with the rows kept apart for `data=final`, which nothing may learn from or be chosen
             on; else they are left out, with a warning.
+        key: the setting that names the source, for faults of the name.
 
     Rows of a named source whose prompt or response is empty are dropped. A warning tells their
     number, and a row count other than the expected one.
@@ -70,7 +72,7 @@ def read(
         DataError: a file or hub data set that cannot be read, a malformed row, or nothing but rows
             kept apart.
     """
-    rows = _read(name, root, kind, pairs)
+    rows = _read(name, root, kind, pairs, f"{key}: " if key else "")
     if scored:
         return rows
     usable = [row for row in rows if not is_final(row.prompt)]
@@ -83,19 +85,19 @@ def read(
     return usable
 
 
-def _read(name: str, root: str | None, kind: Kind | None, pairs: bool) -> list[Example]:
+def _read(name: str, root: str | None, kind: Kind | None, pairs: bool, key: str) -> list[Example]:
     own = is_path(name)
     if own or name.endswith(".jsonl") or "/" in name or os.sep in name:
         if kind is None:
             raise ConfigError(f"{name}: say what its prompts are: toxic, seemingly_toxic or normal")
         return (_read_own if own else read_jsonl)(name, kind, pairs=pairs)
-    source = _source(name)
+    source = _source(name, key)
     if kind is not None and kind is not source.kind:
         raise ConfigError(
-            f"{name} holds {source.kind.value} prompts, not {kind.value}; "
+            f"{key}{name} holds {source.kind.value} prompts, not {kind.value}; "
             "choose another source, or name a .jsonl file of your own"
         )
-    rows, expected = _rows(name, source, root)
+    rows, expected = _rows(name, source, root, key)
     examples = _examples(name, source, rows, expected)
     chosen = [example for example in examples if example.response is not None or not pairs]
     if not examples:
@@ -174,13 +176,13 @@ def _of_user(
     return examples
 
 
-def _source(name: str) -> Source:
+def _source(name: str, key: str) -> Source:
     if name in SOURCES:
         return SOURCES[name]
     near = difflib.get_close_matches(name, SOURCES, n=3, cutoff=0)
     raise ConfigError(
-        f"no data source is called {name[:80]!r}; did you mean {' or '.join(near)}? docs/data.md "
-        "lists all; a file's path ends in .jsonl"
+        f"{key}no data source is called {name[:80]!r}; did you mean {' or '.join(near)}? "
+        "docs/data.md lists all; a file's path ends in .jsonl"
     )
 
 
@@ -189,7 +191,9 @@ def _source(name: str) -> Source:
 Located = tuple[str, Row]
 
 
-def _rows(name: str, source: Source, root: str | None) -> tuple[list[Located], int | None]:
+def _rows(
+    name: str, source: Source, root: str | None, key: str
+) -> tuple[list[Located], int | None]:
     """All rows of a named source, and the expected number that its `keep` selects."""
     if source.embedded is not None:
         with (resources.files("dcr") / source.embedded).open("rb") as stream:
@@ -201,8 +205,9 @@ def _rows(name: str, source: Source, root: str | None) -> tuple[list[Located], i
         raise ConfigError(f"data.root={root}: not a folder; name the one with the data files")
     if source.file is None:
         raise DataError(
-            f"{name}: only on the hub ({source.hub}), not in data.root={root}; leave data.root "
-            f"out, name a file {name}.jsonl made from it (docs/data.md), or choose another source"
+            f"{key}{name}: only on the hub ({source.hub}), not in data.root={root}; leave "
+            f"data.root out, name a file {name}.jsonl made from it (docs/data.md), or choose "
+            "another source"
         )
     path = os.path.join(root, source.file)
     with closing(_opened(path, f"; leave data.root out to read {source.hub} instead")) as stream:
@@ -226,7 +231,10 @@ def _file_rows(stream: IO[bytes], path: str) -> list[Located]:
 def _cure(source: Source) -> str:
     """The cure for a hub set that cannot be read."""
     if source.hub is not None and source.hub.gated:
-        return "accept its terms on the hub, then log in with `hf auth login`"
+        return (
+            "accept its terms on the hub, then log in with `hf auth login`; or a .jsonl file of "
+            "your own can stand in its place"
+        )
     if source.file is None:
         return "a .jsonl file of your own can stand in its place"
     return "data.root=<folder> reads it offline"
