@@ -5,12 +5,13 @@ sentence; `<!-- records -->` lists all records, and `<!-- looks -->` all looks a
 """
 
 import csv
+import functools
 import io
 import math
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,7 @@ ALL = "*"  # sets, together
 LISTED = re.compile(r"(<!-- (records|looks) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 LEDGERS, LEDGER = "evidence", ".looks.jsonl"  # the folder beside the records, and its files
 Row = dict[str, str]
+Deciding = Callable[[str], str]  # a metric's first word -> the hash of the code that decides it
 
 
 @dataclass
@@ -64,6 +66,8 @@ def rendered(text: str, records: Path) -> str:
     Raises DataError for a number that no record has, or several, ConfigError for a wrong mark.
     """
 
+    now = _deciding_now()
+
     def written(mark: re.Match[str]) -> str:
         begins, name, asked, ends = mark.groups()
         if not begins:
@@ -71,17 +75,18 @@ def rendered(text: str, records: Path) -> str:
         head, *lines = asked.strip().split("\n")
         file = records / f"{name}.csv"
         if lines:
-            return f"{begins}\n{_table(records, name, head, lines) if file.is_file() else ''}{ends}"
+            table = _table(records, name, head, lines, now) if file.is_file() else ""
+            return f"{begins}\n{table}{ends}"
         if text[: mark.start()].rpartition("\n")[2] == "":
             raise ConfigError(f"{begins}: begins a line, where Markdown takes it for a block")
         words = _words(head)
         interval = words.pop("interval", None) is not None
         found, how = _found(read(file), words)
         shown = _shown(found, how, ends=interval)
-        return f"{begins}{shown}{' (stale)' if stale(found) else ''}{ends}"
+        return f"{begins}{shown}{' (stale)' if stale(found, now) else ''}{ends}"
 
     def listed(mark: re.Match[str]) -> str:
-        rows = _list(records) if mark[2] == "records" else _looks(records.parent / LEDGERS)
+        rows = _list(records, now) if mark[2] == "records" else _looks(records.parent / LEDGERS)
         return f"{mark[1]}{rows}{mark[3]}"
 
     return LISTED.sub(listed, MARKED.sub(written, text))
@@ -96,11 +101,17 @@ def read(file: Path) -> list[Row]:
     return rows
 
 
-def stale(rows: list[Row]) -> list[str]:
+def stale(rows: list[Row], now: Deciding) -> list[str]:
     """The metrics among rows that other code decides now than when they were measured."""
-    code = origins.code_now()
-    now = {metric: origins.measured_by(metric, code) for metric in {row["metric"] for row in rows}}
-    return sorted({row["metric"] for row in rows if row["measured_by"] != now[row["metric"]]})
+    return sorted(
+        {row["metric"] for row in rows if row["measured_by"] != now(row["metric"].split("/")[0])}
+    )
+
+
+def _deciding_now() -> Deciding:
+    """The code as it is, read once and hashed once for each word: a page has hundreds of marks."""
+    code = functools.cache(origins.code_now)
+    return functools.cache(lambda word: origins.measured_by(word, code()))
 
 
 def _words(text: str) -> dict[str, str]:
@@ -155,7 +166,7 @@ def _shown(rows: list[Row], how: str, ends: bool = False) -> str:
     return f"{over.estimate:{how}}{interval}"
 
 
-def _table(records: Path, name: str, head: str, lines: list[str]) -> str:
+def _table(records: Path, name: str, head: str, lines: list[str], now: Deciding) -> str:
     """A Markdown table with a row for each line, and below it where its numbers come from.
 
     A line may name another record than the table's.
@@ -172,7 +183,7 @@ def _table(records: Path, name: str, head: str, lines: list[str]) -> str:
         found = [_found(rows, common | own | {key: value}) for value, _ in columns]
         cells.append([label.strip(), *(_shown(of, how, ends=True) for of, how in found)])
         used.setdefault(record, []).extend(row for of, _ in found for row in of)
-    late = sorted({metric for of in used.values() for metric in stale(of)})
+    late = sorted({metric for of in used.values() for metric in stale(of, now)})
     told = f" **Stale**: what measures {', '.join(late)} has changed since." if late else ""
     origin = "; ".join(_origin(used[name])) if {*used} == {name} else _linked(records, used)
     return f"\n{_lines(cells)}\n\n*{origin}.*{told}\n\n"
@@ -183,12 +194,12 @@ def _linked(records: Path, names: Iterable[str]) -> str:
     return f"Records: {', '.join(links)}"
 
 
-def _list(records: Path) -> str:
+def _list(records: Path, now: Deciding) -> str:
     """A table of all records, with the metrics of which each is stale."""
     cells = [["record", "made by", "commit", "date", "machine", "numbers", "stale"]]
     for file in sorted(records.glob("*.csv")):
         rows = read(file)
-        late = ", ".join(f"`{metric}`" for metric in stale(rows))
+        late = ", ".join(f"`{metric}`" for metric in stale(rows, now))
         link = f"[{file.stem}]({records.name}/{file.name})"
         cells.append([link, *_origin(rows), str(len(rows)), late or "none"])
     return f"\n{_lines(cells)}\n\n" if cells[1:] else ""
