@@ -56,6 +56,7 @@ def main(options: Options) -> None:
     else:
         policy = models.open_policy(settings.model, settings.precision)
     machine.to_gpu(policy.model, "auto")
+    settings.model.language = prompts.kept_language(policy.tokenizer)
     chat = prompts.chat_format(policy.tokenizer, settings.model)
     bias, record = biases.calibrated(policy, chat, settings)
     decoding = structure.unwrapped(policy.model).generation_config

@@ -1,15 +1,19 @@
 """Refusals in German and Chinese, and the example rows of both from training to evaluation."""
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
+from transformers import AutoTokenizer
 
-from dcr import cli, keywords, outcomes, train
+from dcr import cli, harness, keywords, outcomes, train
 from dcr import eval as eval_entry
+from dcr.calibration import biases
 from dcr.core import models, prompts, refusal
-from dcr.core.config import Language, ModelConfig, resolving
+from dcr.core.config import ConfigError, Language, ModelConfig, resolving
 from dcr.core.evaluation import scoring
 from dcr.core.runs import Run
 from dcr.extensions import EvalSettings, TrainSettings
@@ -79,6 +83,37 @@ def test_the_refusal_mass_is_that_of_the_language(language: Language) -> None:
     wanted = {tokenizer.encode(phrase)[0] for phrase in refusal.OPENINGS_IN[language]}
     assert set(refusal.refusal_openings(chat).tolist()) == wanted
     assert len(wanted) == len(firsts)
+
+
+def test_an_export_keeps_the_language_for_what_comes_later(
+    tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, command: Any
+) -> None:
+    config = ModelConfig(name=str(tiny_folder), language=Language.de)
+    german = Path(shutil.copytree(tiny_folder, tmp_path / "german"))
+    chat = prompts.chat_format(models.open_tokenizer(config), config)
+    prompts.keep_template(chat)
+    chat.tokenizer.save_pretrained(tmp_path / "once")
+    AutoTokenizer.from_pretrained(tmp_path / "once").save_pretrained(german)  # as tuning does
+
+    def chosen(_: Any, chat: Any, settings: Any) -> Any:
+        raise ConfigError(f"{chat.language.value} {settings.model.language.value}")
+
+    monkeypatch.setattr(biases, "calibrated", chosen)
+    for folder, said in ((german, "de de"), (tiny_folder, "en en")):
+        ended = command("dcr.recalibration", f"model={folder}", "calibrate=0.5")
+        assert ended.error == said
+
+    def asked(folder: Path, **given: str) -> list[str]:
+        return harness.questions(pretrained=str(folder), limit=1, **given)["test"][0]["choices"]
+
+    assert asked(german) == asked(tiny_folder, language="de") != asked(tiny_folder)
+    with pytest.raises(ConfigError, match=r"language=fr: choose one of en, de, zh"):
+        asked(german, language="fr")
+    (german / "tokenizer_config.json").write_text(
+        (german / "tokenizer_config.json").read_text().replace('"de"', '"fr"')
+    )
+    with pytest.raises(ConfigError, match=r"answer_language=fr: choose one of en, de, zh"):
+        asked(german)
 
 
 @pytest.mark.parametrize("language", NAMES)

@@ -46,6 +46,7 @@ PLAIN = (
 # end-of-text tokens of common bases, which an instruct tokenizer no longer names as its own
 BASE_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>")
 UNTEMPLATED: set[str] = set()  # models whose template this command has warned of
+LANGUAGE = "answer_language"  # in an export's tokenizer_config.json, where it is not English
 TEMPLATES = {"llama3": LLAMA3, "chatml": CHATML, "plain": PLAIN}
 
 
@@ -292,7 +293,7 @@ def _chat_end(probe: ChatFormat) -> int | None:
 
 
 def keep_template(chat: ChatFormat) -> None:
-    """Gives the tokenizer the template of the format, with its system prompt as the default."""
+    """Gives the tokenizer the format: its template, default system prompt and language."""
     tokenizer = chat.tokenizer
 
     def templated() -> Any:
@@ -308,6 +309,20 @@ def keep_template(chat: ChatFormat) -> None:
             f"{{% set messages = [{turn}] + messages %}}{{% endif %}}{chat.template}"
         )
     assert templated() == chat.text("x"), "the tokenizer speaks otherwise than the format"
+    if chat.language is not Language.en:
+        tokenizer.init_kwargs[LANGUAGE] = chat.language.value
+
+
+def kept_language(tokenizer: Tokenizer) -> Language:
+    """The language of answers that `keep_template` has put down; English if it has not.
+
+    Raises ConfigError for one whose refusals are not known.
+    """
+    named = tokenizer.init_kwargs.get(LANGUAGE, Language.en.value)
+    if named not in Language.__members__:
+        known = ", ".join(Language.__members__)
+        raise ConfigError(f"tokenizer_config.json: {LANGUAGE}={named}: choose one of {known}")
+    return Language(named)
 
 
 # --- templates ------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import Any
 from typing_extensions import TypedDict
 
 from dcr.core import models, prompts, refusal, statistics
-from dcr.core.config import ConfigError, Kind, ModelConfig
+from dcr.core.config import ConfigError, Kind, Language, ModelConfig
 from dcr.core.evaluation import sets
 from dcr.core.prompts import ChatFormat
 from dcr.core.refusal.opening import ending
@@ -39,6 +39,7 @@ def questions(
     tokenizer: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    language: str | None = None,
     root: str | None = None,
     over_refusal: Sequence[str] = ("contrasts_seemingly_toxic_heldout",),
     safety: Sequence[str] = ("contrasts_toxic_heldout",),
@@ -48,7 +49,8 @@ def questions(
     """A DatasetDict of prompts of both kinds, `Question`s in the order of their sets.
 
     The harness calls it with its `--model_args` and `--metadata`: the model's folder or hub id, and
-    if wanted other sets, `data.root` and the number of prompts that are drawn from each set.
+    if wanted other sets, `data.root`, the number of prompts that are drawn from each set, and the
+    language of the answers where it is another than the export's own.
 
     Raises ConfigError without a model, and where the harness would read other tokens than ours.
     """
@@ -61,7 +63,13 @@ def questions(
     config = ModelConfig(
         name=tokenizer or pretrained, revision=revision, trust_remote_code=trust_remote_code
     )
-    chat = prompts.chat_format(models.open_tokenizer(config), config)
+    spoken = models.open_tokenizer(config)
+    if language is not None and language not in Language.__members__:
+        raise ConfigError(
+            f"dcr_discernment: language={language}: choose one of {', '.join(Language.__members__)}"
+        )
+    config.language = Language(language) if language else prompts.kept_language(spoken)
+    chat = prompts.chat_format(spoken, config)
     lead, choices = _choices(chat)
     asked = [
         sets.read_set(name, kind, root, limit, seed=0, scored=True)
