@@ -64,6 +64,7 @@ def main(options: Options) -> None:
     training, evaluating = study.split_settings(options.settings)
     if "method" in given_in(training):
         raise ConfigError("method: this command trains STL and DCR both; leave it out")
+    training += ["plan=true"] * options.plan  # a plan needs less than training
     with study.notices_once():
         stl = study.job_of(out, "STL", ["method=stl", *training], evaluating)
         dcr = study.job_of(out, "DCR", [*DCR, *training], evaluating)

@@ -155,6 +155,7 @@ def jobs(options: Options, study: Study) -> list[Job]:
     Raises ConfigError for a wrong setting.
     """
     training, evaluating = split_settings(options.settings)
+    training += ["plan=true"] * options.plan  # a plan needs less than training
     seeds = [word for word in training if word.startswith("seed=")]
     first = seeds[-1].removeprefix("seed=") if seeds else "0"
     if options.seeds > 1:

@@ -312,7 +312,9 @@ def test_what_four_bits_cannot_do_is_refused(told: list[str], says: str) -> None
         resolving.resolve(tiny_run.composed("train", *told), TrainSettings)
 
 
-def test_without_bitsandbytes_only_a_plan_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_bitsandbytes_only_a_plan_is_made(
+    monkeypatch: pytest.MonkeyPatch, command: Any, tmp_path: Path
+) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else found(name)
@@ -321,6 +323,18 @@ def test_without_bitsandbytes_only_a_plan_is_made(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ConfigError, match=r"nf4: needs bitsandbytes; run pip install '\.\[mem"):
         resolving.resolve(tiny_run.composed("train", *told), TrainSettings)
     resolving.resolve(tiny_run.composed("train", *told, "plan=true"), TrainSettings)
+    told = ["model=tiny", "model.quantization=nf4"]
+    asked, _ = cli.resolved(tiny_run.composed("eval", *told), EvalSettings)
+    with pytest.raises(ConfigError, match=r"nf4: needs bitsandbytes; run pip install '\.\[mem"):
+        evaluation.evaluate(asked, Run(tmp_path))
+    with pytest.raises(ConfigError, match=r"tiny: in four bits: needs bitsandbytes"):
+        models.open_policy(asked.model, Precision.fp32)
+    assert list(tmp_path.iterdir()) == []
+    for script in ("dcr.align", "dcr.study"):
+        words = [*told, "dcr.adapter=lora", *["study=arms"] * (script == "dcr.study")]
+        assert "nf4: needs bitsandbytes" in command(script, *words).error
+        planned = command(script, *words, "plan=true")
+        assert planned.code == 0, planned.err
 
 
 def test_settings_at_their_default_leave_the_names_of_runs_alone() -> None:

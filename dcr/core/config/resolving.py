@@ -247,9 +247,6 @@ def _of_both(config: Settings) -> Iterator[str]:
     if (accelerator := config.trainer.accelerator) not in ACCELERATORS:
         yield f"trainer.accelerator={accelerator}: choose one of {', '.join(ACCELERATORS)}"
     label, project = config.model.label, config.wandb.project
-    planned = isinstance(config, TrainConfig) and config.plan  # which opens no weights
-    if config.model.quantization is Quantization.nf4 and not planned:
-        check_installed("bitsandbytes", "memory", "model.quantization=nf4")
     if label and (label[0] == "." or not SAFE_NAME.fullmatch(label)):
         yield f"model.label={label}: use letters, digits, '.', '_' and '-', and no '.' in front"
     for name in config.model.template_variables:
@@ -282,6 +279,8 @@ def _of_training(config: TrainConfig) -> Iterator[str]:
     if trainer.accelerator == "mps" and (processes > 1 or trainer.strategy != "auto"):
         yield f"{strategy} trainer.accelerator=mps: it trains in one process; use cpu or gpu"
     if config.model.quantization is Quantization.nf4:
+        if not config.plan:  # which opens no weights
+            check_installed("bitsandbytes", "memory", "model.quantization=nf4")
         if config.method is Method.dcr and dcr.adapter is Adapter.full:
             yield (
                 "model.quantization=nf4 dcr.adapter=full: stage one would train the blocks' own "

@@ -39,6 +39,7 @@ from dcr.core.config import (
     Precision,
     Quantization,
     UserError,
+    check_installed,
 )
 from dcr.core.models.structure import DTYPES, context_length, quantise, seeded
 from dcr.core.storage import cache_folder, fingerprint, made_once
@@ -244,6 +245,7 @@ def held_model(
     """The `whole_model` as training and evaluation hold it. Raises as that and `quantise` do."""
     if quantization is Quantization.none:
         return whole_model(source, DTYPES[precision], called, **options)
+    check_installed("bitsandbytes", "memory", f"{called or source}: in four bits")
     # in the type of the file, whose pages are read and left again
     model = whole_model(source, "auto", called, **options)
     quantise(model, precision)
