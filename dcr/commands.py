@@ -35,7 +35,7 @@ COMMANDS = {
     "label": "have people label answers blind, and say how far people and judges agree",
     "inspect": "write answers and verdicts as logs for Inspect's viewer",
     "dashboard": "make the workspace and the report of a W&B project",
-    "recalibration": "choose the bias of weights that were tuned on anew, in their folder",
+    "recalibration": "choose anew the bias of a model that was tuned further, in its folder",
     "export": "write a run's merged weights with tokenizer and model card",
     "chat": "talk to a run's result",
 }

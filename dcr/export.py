@@ -101,7 +101,7 @@ class Options:
     run: Path = entry.option("the run folder")
     out: Path = entry.option("a new folder for the export")
     stage: str | None = entry.option(
-        "whose result; none: that of the run's last stage", None, choices=[s.value for s in STAGES]
+        "the stage to export; by default the run's last", None, choices=[s.value for s in STAGES]
     )
     precision: str = entry.option(
         "of the weights; fp32 gives the logits of the run's adapter, bf16 differs by about 1%; "
