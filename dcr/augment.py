@@ -324,7 +324,7 @@ def _check_settings(settings: EvalSettings) -> None:
 
     others = [name for name in settings.judge if name != "keyword"]
     for name in others:
-        asked = judging.judging_of(name)
+        asked = judging.judging_of(name, settings)
         if Kind.seemingly_toxic not in asked.kinds or "complied" not in asked.labels:
             raise ConfigError(
                 f"judge={name}: does not say whether a harmless prompt was answered; "

@@ -58,7 +58,13 @@ TABLE = Table(
         "robustness": "dcr.robustness.attacked:Robustness",
     },
     on_weights=("ability", "refusal_probability", "kernel", "separability", "claims"),
-    judges=("llm", "llama_guard", "wildguard", "moderation", "outcome"),
+    judges={
+        "llm": "dcr.judges.served:BY_LLM",
+        "llama_guard": "dcr.judges.guards:BY_LLAMA_GUARD",
+        "wildguard": "dcr.judges.guards:BY_WILDGUARD",
+        "moderation": "dcr.judges.served:BY_MODERATION",
+        "outcome": "dcr.judges.judging:BY_OUTCOME",
+    },
     rules={"recommended": "dcr.keywords:recommended"},
     judging="dcr.judges.judging:JudgeTable",
     changes=(

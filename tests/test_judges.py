@@ -17,7 +17,7 @@ from dcr.core.generation import Completion
 from dcr.endpoints import HTTPConfig, ServerConfig
 from dcr.endpoints.servers import EndpointError
 from dcr.extensions import TABLE, EvalSettings
-from dcr.judges import GuardConfig, LLMJudgeConfig, ModerationConfig, served
+from dcr.judges import GuardConfig, LLMJudgeConfig, ModerationConfig, guards, served
 from dcr.judges import judging as judges
 from dcr.judges.verdicts import (
     COMPLIANCE,
@@ -168,7 +168,14 @@ def test_a_wording_that_cannot_be_used_is_named(
 
 
 def test_every_judge_has_its_place_in_the_tables() -> None:
-    assert set(judges.JUDGES) == set(TABLE.judges)
+    settings = EvalSettings()
+    found = {name: judges.judging_of(name, settings) for name in TABLE.judges}
+    assert all(isinstance(judging, judges.Judging) for judging in found.values())
+    nodes = {name: judges.node_of(name, settings) for name in found}
+    assert [name for name, node in nodes.items() if node is None] == ["outcome"]
+    # the cost is estimated of those that a server charges for
+    served_ = {name for name, node in nodes.items() if isinstance(node, ServerConfig)}
+    assert {name for name, judging in found.items() if judging.characters} == served_
 
 
 # --- asking and storing ---------------------------------------------------------------------------
@@ -528,7 +535,7 @@ def test_the_weights_of_a_guard_in_a_folder_are_part_of_what_is_kept_apart(tmp_p
     (tmp_path / "model.safetensors").write_bytes(b"one")
     node = EvalSettings()
     node.llama_guard.model = str(tmp_path)
-    identity = judges.JUDGES["llama_guard"].identity
+    identity = guards.BY_LLAMA_GUARD.identity
     first = identity(node)
     (tmp_path / "model.safetensors").write_bytes(b"two")
     second = identity(node)

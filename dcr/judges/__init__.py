@@ -1,8 +1,8 @@
 """Judges: who says whether a response refuses, answers or does harm. Here are their settings.
 
-`judging` has the table of judges and asks them for missing verdicts; `served` and `guards` are the
-judges themselves; `verdicts` reads their prompts and counts their verdicts; `pairwise` compares two
-answers.
+`served` and `guards` are the judges themselves, whose names stand in `dcr.extensions`; `judging`
+asks them for missing verdicts; `verdicts` reads their prompts and counts their verdicts; `section`
+shows these on the page; `pairwise` compares two answers.
 """
 
 from dataclasses import dataclass, field

@@ -19,14 +19,15 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dcr.core import machine
-from dcr.core.config import ConfigError, DataError
+from dcr.core.config import ConfigError, DataError, Kind
 from dcr.core.generation import Completion, decoded
 from dcr.core.models import Policy, folders, read_architecture, refused_as, structure, whole_model
 from dcr.core.models.structure import DTYPES
 from dcr.core.prompts import ZERO_WIDTH_SPACE, ChatFormat
 from dcr.core.text import transcript
-from dcr.judges import GuardConfig, WildGuardConfig, verdicts
-from dcr.judges.verdicts import Verdict, Verdicts
+from dcr.judges import GuardConfig, LlamaGuardConfig, WildGuardConfig, verdicts
+from dcr.judges.judging import Judging
+from dcr.judges.verdicts import COMPLIANCE, SAFETY, Verdict, Verdicts
 
 LLAMA_GUARD, WILDGUARD = "llama_guard", "wildguard"
 MARKS = ("<|user|>", "<|assistant|>", "[INST]", "[/INST]")  # not all special tokens
@@ -326,3 +327,23 @@ def _written(
             )
         )
     return batch_verdicts
+
+
+BY_LLAMA_GUARD = Judging(
+    labels=SAFETY,
+    kinds=(Kind.toxic,),
+    check=lambda settings: check(settings.node(LlamaGuardConfig), LLAMA_GUARD),
+    identity=lambda settings: identity(settings.node(LlamaGuardConfig)),
+    verdicts=lambda settings, answers: llama_guard(
+        settings.node(LlamaGuardConfig), answers, settings.trainer.accelerator
+    ),
+)
+BY_WILDGUARD = Judging(
+    labels=COMPLIANCE + SAFETY,
+    kinds=tuple(Kind),
+    check=lambda settings: check(settings.node(WildGuardConfig), WILDGUARD),
+    identity=lambda settings: identity(settings.node(WildGuardConfig)),
+    verdicts=lambda settings, answers: wildguard(
+        settings.node(WildGuardConfig), answers, settings.trainer.accelerator
+    ),
+)

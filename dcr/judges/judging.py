@@ -1,4 +1,4 @@
-"""The judges by name; each response gets its verdict from the store, or is asked about once."""
+"""What a judge is; each response gets its verdict from the store, or its judge is asked once."""
 
 import re
 from collections import Counter
@@ -19,14 +19,7 @@ from dcr.core.evaluation.sets import PromptSet
 from dcr.core.generation import Completion
 from dcr.endpoints import ServerConfig, servers
 from dcr.endpoints.servers import EndpointError
-from dcr.judges import (
-    GuardConfig,
-    LlamaGuardConfig,
-    ModerationConfig,
-    WildGuardConfig,
-    guards,
-    served,
-)
+from dcr.judges import GuardConfig
 from dcr.judges.verdicts import (
     COMPLIANCE,
     SAFETY,
@@ -55,6 +48,8 @@ Home = tuple[str, str]  # a set, and an answer's id in it
 class Judging:
     """A judge: its labels, checks, identity and verdicts. The node of its name has its settings.
 
+    It stands beside its functions, and `dcr.extensions` names its place.
+
     Compliance is judged on prompts of any kind, harm on toxic prompts, which ask for it.
     """
 
@@ -67,55 +62,19 @@ class Judging:
     characters: Callable[[EvalConfig, Sequence[Completion]], int] | None = None
 
 
-JUDGES: dict[str, Judging] = {
-    "outcome": Judging(
-        labels=tuple(Outcome),
-        kinds=tuple(Kind),
-        check=lambda _: None,
-        identity=lambda _: {"outcomes": version()},
-        verdicts=lambda _, answers: outcomes(answers),
-    ),
-    "llm": Judging(
-        labels=COMPLIANCE,
-        kinds=tuple(Kind),
-        check=served.check_llm,
-        identity=served.llm_identity,
-        verdicts=served.llm_verdicts,
-        characters=served.llm_characters,
-    ),
-    "moderation": Judging(
-        labels=SAFETY,
-        kinds=(Kind.toxic,),
-        check=lambda settings: servers.check(settings.node(ModerationConfig), "moderation"),
-        identity=lambda settings: served.identity(settings.node(ModerationConfig)),
-        verdicts=served.moderation_verdicts,
-        characters=lambda _, answers: sum(len(answer.response) for answer in answers),
-    ),
-    "llama_guard": Judging(
-        labels=SAFETY,
-        kinds=(Kind.toxic,),
-        check=lambda settings: guards.check(settings.node(LlamaGuardConfig), guards.LLAMA_GUARD),
-        identity=lambda settings: guards.identity(settings.node(LlamaGuardConfig)),
-        verdicts=lambda settings, answers: guards.llama_guard(
-            settings.node(LlamaGuardConfig), answers, settings.trainer.accelerator
-        ),
-    ),
-    "wildguard": Judging(
-        labels=COMPLIANCE + SAFETY,
-        kinds=tuple(Kind),
-        check=lambda settings: guards.check(settings.node(WildGuardConfig), guards.WILDGUARD),
-        identity=lambda settings: guards.identity(settings.node(WildGuardConfig)),
-        verdicts=lambda settings, answers: guards.wildguard(
-            settings.node(WildGuardConfig), answers, settings.trainer.accelerator
-        ),
-    ),
-}
+BY_OUTCOME = Judging(
+    labels=tuple(Outcome),
+    kinds=tuple(Kind),
+    check=lambda _: None,
+    identity=lambda _: {"outcomes": version()},
+    verdicts=lambda _, answers: outcomes(answers),
+)
 
 
-def judging_of(name: str) -> Judging:
+def judging_of(name: str, settings: EvalConfig) -> Judging:
     """One of ours by its name, or a user's own by its path."""
     if not is_path(name):
-        return JUDGES[name]
+        return extending.ours(settings.table.judges[name])
     own = extending.made(name, Judge, "judge")
     labels = getattr(own, "labels", ())
     if not (isinstance(labels, tuple) and labels and all(map(LABEL.fullmatch, map(str, labels)))):
@@ -156,11 +115,11 @@ def _by_own(name: str, judge: Judge, answers: Sequence[Completion]) -> Verdicts:
 
 
 class JudgeTable(Judges):
-    """The judges of `JUDGES`, and a user's own."""
+    """Our judges, and a user's own."""
 
     def check(self, names: Sequence[str], settings: EvalConfig) -> None:
         for name in names:
-            judging_of(name).check(settings)
+            judging_of(name, settings).check(settings)
 
     def judged(
         self,
@@ -178,7 +137,7 @@ class JudgeTable(Judges):
         }
         spent = {}
         for name in names:
-            judging, told = judging_of(name), class_of(name)
+            judging, told = judging_of(name, settings), class_of(name)
             asked = {b.name: answers[b.name] for b in sets if b.kind in judging.kinds}
             verdicts = judge(name, settings, asked, folder, settings.trainer.progress)
             said[told] = verdicts
@@ -217,7 +176,7 @@ def judge(
     request can succeed or none has, and UserError if nothing can be written; earlier verdicts stay
     stored.
     """
-    judging = judging_of(name)
+    judging = judging_of(name, settings)
     identity = judging.identity(settings)
     place = folder / "verdicts" / f"{class_of(name)}-{storage.fingerprint(identity)}"
     homes: dict[str, list[Home]] = {}  # by fingerprint, the places of each distinct response
@@ -308,7 +267,8 @@ def _announce(name: str, settings: EvalConfig, waiting: Sequence[Completion], to
     node = node_of(name, settings)
     line = f"{class_of(name)}: {total - len(waiting):,} verdicts stored, {len(waiting):,} to ask"
     line += f" of {node.model if node else name}"
-    if not isinstance(node, ServerConfig) or not (characters := JUDGES[name].characters):
+    characters = judging_of(name, settings).characters
+    if not isinstance(node, ServerConfig) or not characters:
         print(line)
         return
     prompt = characters(settings, waiting) // text.CHARACTERS_PER_TOKEN

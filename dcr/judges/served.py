@@ -7,13 +7,15 @@ The classes are full compliance, full refusal and partial refusal (Röttger et a
 import re
 from collections.abc import Sequence
 
+from dcr.core.config import Kind
 from dcr.core.config.evaluation import EvalConfig
 from dcr.core.generation import Completion
 from dcr.core.text import transcript
 from dcr.endpoints import HTTPConfig, ServerConfig, calls, servers
 from dcr.endpoints.answers import Failure, Message
 from dcr.judges import LLMJudgeConfig, ModerationConfig, verdicts
-from dcr.judges.verdicts import Verdict, Verdicts
+from dcr.judges.judging import Judging
+from dcr.judges.verdicts import COMPLIANCE, SAFETY, Verdict, Verdicts
 
 SYSTEM = "You are a helpful assistant."
 CLASSES = {"1": "complied", "2": "refused", "3": "partial"}
@@ -167,3 +169,21 @@ def moderation_verdicts(settings: EvalConfig, answers: Sequence[Completion]) -> 
                 model=answered.model,
             )
         ]
+
+
+BY_LLM = Judging(
+    labels=COMPLIANCE,
+    kinds=tuple(Kind),
+    check=check_llm,
+    identity=llm_identity,
+    verdicts=llm_verdicts,
+    characters=llm_characters,
+)
+BY_MODERATION = Judging(
+    labels=SAFETY,
+    kinds=(Kind.toxic,),
+    check=lambda settings: servers.check(settings.node(ModerationConfig), "moderation"),
+    identity=lambda settings: identity(settings.node(ModerationConfig)),
+    verdicts=moderation_verdicts,
+    characters=lambda _, answers: sum(len(answer.response) for answer in answers),
+)

@@ -72,7 +72,7 @@ class Table:
 
     tasks: Mapping[str, str] = field(default_factory=dict)  # of a `protocols.Task`, by name
     on_weights: tuple[str, ...] = ()  # those among them that decode no answers
-    judges: tuple[str, ...] = ()  # their names
+    judges: Mapping[str, str] = field(default_factory=dict)  # of what `judging` calls, by name
     rules: Mapping[str, str] = field(default_factory=dict)  # of a response's outcome, by name
     judging: str = ""  # of a `protocols.Judges`
     changes: tuple[Part, ...] = ()  # of a `protocols.Change`
