@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from dcr.core import sources
-from dcr.core.config import DataConfig, DataError, Kind
+from dcr.core.config import DataConfig, DataError, Kind, UserError
 from dcr.core.data import overlaps
 from dcr.core.evaluation.sets import PromptSet
 from dcr.core.runs import Run
@@ -57,7 +57,7 @@ def trained_texts(run: Run) -> dict[str, list[str]]:
     """
     try:
         return texts_of(run.config()["data"], run.record())
-    except DataError as error:
+    except UserError as error:  # its `data.root` may be gone as well
         log.warning("what was trained on is not known: %s", error)
         return {}
 

@@ -129,11 +129,15 @@ def _claimed(settings: TrainConfig, run: Run, rows: Splits) -> Iterator[Lease | 
     with storage.locked(run.folder) as lease:
         try:
             made_with = config.plain(settings)
-            runs.check_config(run, made_with, settings.force)
+            anew = runs.check_config(run, made_with, settings.force)
             examine: Examine | None = extending.ours(settings.table.examining)
             about, warnings = examine(rows) if examine else ({}, [])
-            runs.claim_rows(run, data.row_record(rows, about), settings.force)
-            runs.write_config(run, made_with)  # behind all that may refuse this command
+            record = data.row_record(rows, about)
+            anew |= runs.check_rows(run, record, settings.force)
+            if anew:  # nothing refuses this command any more
+                runs.begin_anew(run)
+            storage.write_json(run.rows_file, record)
+            runs.write_config(run, made_with)
             drawn = (f"{len(part)} {name}" for name, part in rows.parts().items() if part)
             log.info("rows: %s", ", ".join(drawn))
             for line in rows.told():

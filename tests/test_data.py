@@ -24,6 +24,7 @@ from dcr.core.config import (
     ModelConfig,
     NLLConfig,
     NLLSource,
+    ReadoutConfig,
     SafetyPairsConfig,
     Sampler,
     SFTConfig,
@@ -286,6 +287,14 @@ def test_groups_stay_whole_and_contrasts_together(files: Files) -> None:
     assert trained.isdisjoint(rows.unseen_groups)
     assert trained | set(rows.unseen_groups) == {f"g{i}" for i in range(30)}
     assert 4 <= len(rows.unseen_groups) <= 20
+
+    named = config.seemingly_toxic.source, config.toxic.source
+    readout = ReadoutConfig(*named, steps=1, heldout=0.2)
+    later = data.split(config, None, 0, contrastive=True, readout=readout)
+    learnt = {row.group for row in [*later.readout_toxic, *later.readout_seemingly_toxic]}
+    assert set(later.unseen_groups) == set(rows.unseen_groups) - learnt
+    assert later.unseen_groups
+    assert learnt & set(rows.unseen_groups)
 
 
 # --- orders of rows -----------------------------------------------------------------------------

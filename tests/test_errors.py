@@ -121,6 +121,8 @@ WHOLE = {
     "eval.py model=tiny calibrate=2": "calibrate=2: give a share of toxic prompts",
     "eval.py model=tiny limit=0": "limit=0: give 1 or more, or null for whole sets",
     "eval.py model=tiny dcr.margin=0.3": "dcr.margin: no such setting",
+    "eval.py model=tiny stage=sft": "stage=sft: is a stage of a run; add run=<folder>, or leave",
+    "eval.py model=tiny snapshots=true": "snapshots=true: are those of a run; add run=<folder>",
 }
 EXPORT = {
     "uot=y": "uot=y: no such setting",

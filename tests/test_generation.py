@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicLayer
 
 from dcr.activations import Site
 from dcr.core import generation, machine, models, prompts, storage
-from dcr.core.config import DataError, Kind, LoraConfig, ModelConfig
+from dcr.core.config import ConfigError, DataError, Kind, LoraConfig, ModelConfig
 from dcr.core.config.evaluation import GenConfig
 from dcr.core.generation import Completion
 from dcr.core.models import Policy, structure
@@ -203,6 +203,14 @@ def test_each_reading_ends_by_itself(policy: Policy) -> None:
     assert read == [[5, 8, 5], [5, 5], [5, 5], [5], [5]]
 
 
+def test_what_is_not_finite_is_told_before_it_is_kept(policy: Policy) -> None:
+    batches = generation.complete(
+        policy, chat_of(policy), ROWS, GenConfig(max_new_tokens=2), lambda logits: logits[:, 0] / 0
+    )
+    with pytest.raises(ConfigError, match="not finite; use precision=fp32, or a smaller steering"):
+        next(iter(batches))
+
+
 @pytest.mark.parametrize("family", ["qwen2", "gpt2", "mistral"])
 def test_other_families_say_what_each_prompt_alone_says(
     family: str, decoded: dict[str, list[int]]
@@ -252,6 +260,11 @@ STATEFUL: dict[str, Any] = {
     "positions by slopes": BloomConfig(vocab_size=40, hidden_size=16, n_layer=2, n_head=2),
     "no cache": OpenAIGPTConfig(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=64),
 }
+
+
+@pytest.mark.parametrize("kind", STATEFUL)
+def test_a_model_without_attention_has_a_batch_size_as_well(kind: str) -> None:
+    assert generation.prompt_bytes(STATEFUL[kind], 4, 10, 10) > 0
 
 
 @pytest.mark.parametrize("kind", STATEFUL)

@@ -262,7 +262,7 @@ def test_rows_of_another_version_of_a_source_are_refused(lab: Path) -> None:
     path = "examples.sources:Spreadsheet"
     newer = record | {"own": {path: record["own"][path] | {"sha256": "0" * 64}}}
     with pytest.raises(UserError, match=rf"{path}: source sha256 \w+ -> source sha256 00000000"):
-        runs.claim_rows(runs.Run(lab / "run"), newer, force=False)
+        runs.check_rows(runs.Run(lab / "run"), newer, force=False)
 
 
 def test_a_path_carries_its_settings_to_other_processes_and_is_text_on_disk() -> None:

@@ -37,6 +37,11 @@ def claim(run: Run, made_with: dict[str, Any], force: bool) -> None:
     runs.write_config(run, made_with)
 
 
+def claim_rows(run: Run, record: dict[str, Any], force: bool) -> None:
+    runs.check_rows(run, record, force)
+    storage.write_json(run.rows_file, record)
+
+
 def test_a_claim_writes_plain_yaml_that_reads_back(tmp_path: Path) -> None:
     run = Run(tmp_path / "new" / "run")
     claim(run, CONFIG, force=False)
@@ -73,13 +78,13 @@ def test_differences_name_every_leaf() -> None:
 
 def test_other_rows_are_refused(tmp_path: Path) -> None:
     run = Run(tmp_path)
-    runs.claim_rows(run, record(2, "a"), force=False)
-    runs.claim_rows(run, record(2, "a"), force=False)
+    claim_rows(run, record(2, "a"), force=False)
+    claim_rows(run, record(2, "a"), force=False)
     for other in (record(3, "a"), record(2, "b")):
         with pytest.raises(ConfigError, match=r"other rows \(toxic: 2 rows"):
-            runs.claim_rows(run, other, force=False)
+            claim_rows(run, other, force=False)
     assert run.record() == record(2, "a")
-    runs.claim_rows(run, record(2, "b"), force=True)
+    claim_rows(run, record(2, "b"), force=True)
     assert run.record() == record(2, "b")
 
 
@@ -107,7 +112,7 @@ def test_rows_that_are_gone_or_a_pipe_are_named(tmp_path: Path) -> None:
     run.stage("sft").mkdir()
     with pytest.raises(DataError, match=r"rows\.json: cannot be read \(No such file"):
         run.record()
-    runs.claim_rows(run, {"rows": {}}, force=False)  # training draws them again
+    claim_rows(run, {"rows": {}}, force=False)  # training draws them again
     run.rows_file.unlink()
     os.mkfifo(run.rows_file)  # to open it would wait for a writer
     with pytest.raises(DataError, match=r"rows\.json: cannot be read \(a pipe or device"):

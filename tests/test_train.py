@@ -90,11 +90,14 @@ def test_a_forced_command_that_is_refused_leaves_the_configuration(tmp_path: Pat
     made, run = settings(tmp_path / "rows"), Run(tmp_path / "run")
     train.train(changed(made, "stage=contrastive"), run)
     before = run.config_file.read_bytes(), run.rows_file.read_bytes()
+    (begun := run.checkpoints("sft") / "last.ckpt").parent.mkdir(parents=True)
+    begun.touch()  # of an SFT that was stopped
     toxic = write_rows(tmp_path / "rows")["toxic"]
     toxic.write_text(toxic.read_text().replace("ow", "Ow"))
     with pytest.raises(ConfigError, match="contrastive is done there and would not be trained"):
         train.train(changed(made, "sft.lr=1e-4", "force=true"), run)
     assert (run.config_file.read_bytes(), run.rows_file.read_bytes()) == before
+    assert begun.exists()
 
 
 def test_other_weights_under_the_same_name(

@@ -22,7 +22,7 @@ from transformers import SequenceBiasLogitsProcessor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from dcr.core import machine, passes, storage, thoughts
-from dcr.core.config import DataError
+from dcr.core.config import ConfigError, DataError
 from dcr.core.config.evaluation import GenConfig
 from dcr.core.models import Policy, structure
 from dcr.core.models.structure import unwrapped
@@ -284,7 +284,12 @@ def decoded(
             streamer.put(contexts[0].ids.cpu())
         for tokens in range(1, most + 1):
             if tokens <= scored:
-                values[rows, tokens - 1] = score(scores).float().cpu()
+                values[rows, tokens - 1] = of_rows = score(scores).float().cpu()
+                if not of_rows.isfinite().all():
+                    raise ConfigError(
+                        "precision: what the model computes is not finite; use precision=fp32, or "
+                        "a smaller steering.strength"
+                    )
             newest = scores.argmax(1)
             if streamer is not None:
                 streamer.put(newest.cpu())
@@ -373,7 +378,7 @@ def prompt_bytes(config: Any, itemsize: int, prompt_tokens: int, new_tokens: int
     stream twice, its projections, and three times its inner width.
     """
     text = config.get_text_config(decoder=True)
-    heads = text.num_attention_heads
+    heads = getattr(text, "num_attention_heads", None) or 1  # some models keep a state, no keys
     head_width = getattr(text, "head_dim", None) or text.hidden_size // heads
     key_heads = getattr(text, "num_key_value_heads", None) or heads
     inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size

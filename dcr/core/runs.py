@@ -271,8 +271,8 @@ def binding_model(made_with: Mapping[str, Any]) -> dict[str, Any]:
     return decisive
 
 
-def check_config(run: Run, made_with: Mapping[str, Any], force: bool) -> None:
-    """Checks that the configuration in the folder, if there is one, is the same.
+def check_config(run: Run, made_with: Mapping[str, Any], force: bool) -> bool:
+    """Whether what is not done has to begin anew, as the configuration in the folder is another.
 
     Raises ConfigError with the differences if the folder belongs to another configuration and
     `force` is off, or a finished stage depends on them.
@@ -281,7 +281,8 @@ def check_config(run: Run, made_with: Mapping[str, Any], force: bool) -> None:
         # only the stages' own precision matters, not the key that they take it from
         before, now = (binding(each) | {"precision": None} for each in (run.config(), made_with))
         changed = storage.differences(before, now)
-        _refuse(run, "made with another configuration", changed, force)
+        return _differs(run, "made with another configuration", changed, force)
+    return False
 
 
 def write_config(run: Run, made_with: Mapping[str, Any]) -> None:
@@ -298,17 +299,15 @@ def as_yaml(plain: Mapping[str, Any]) -> str:
     return text if yaml.safe_load(text) == plain else yaml.safe_dump(dict(plain), sort_keys=False)
 
 
-def claim_rows(run: Run, record: Mapping[str, Any], force: bool) -> None:
-    """Writes `rows.json`, or checks that its lists of rows are the same (`data.row_record`).
+def check_rows(run: Run, record: Mapping[str, Any], force: bool) -> bool:
+    """The same for the lists of rows in `rows.json` (`data.row_record`).
 
     The lists include every source of a user's own.
-
-    Raises ConfigError with the lists that differ, as `check_config` does.
     """
     if run.rows_file.exists():
         before, now = _row_lists(run.record()), _row_lists(record)
-        _refuse(run, "made with other rows", storage.differences(before, now), force)
-    storage.write_json(run.rows_file, record)
+        return _differs(run, "made with other rows", storage.differences(before, now), force)
+    return False
 
 
 def _row_lists(record: Mapping[str, Any]) -> dict[str, str]:
@@ -330,19 +329,20 @@ def claim_base(run: Run, stage: str, weights: str, force: bool) -> None:
         known = storage.read_json(run.base_file, dict[str, str], RESTORE)
     known = {name: base for name, base in known.items() if name == stage or run.done(name)}
     now = {**known, stage: weights}
-    if stage in known:
-        _refuse(run, "made from other weights", storage.differences(known, now), force)
+    changed = storage.differences(known, now) if stage in known else []
+    if _differs(run, "made from other weights", changed, force):
+        begin_anew(run)
     storage.write_json(run.base_file, now)
 
 
-def _refuse(run: Run, how: str, changed: list[str], force: bool) -> None:
+def _differs(run: Run, how: str, changed: list[str], force: bool) -> bool:
     """Raises ConfigError for a folder of other settings; `force` lets unfinished stages begin anew.
 
     A finished stage stays, so `force` does not help if it depends on the change: settings, weights
     and card would disagree.
     """
     if not changed:
-        return
+        return False
     fault = f"{run.folder} was {how} ({'; '.join(changed[:6])})"
     done = [stage.value for stage in STAGES if run.done(stage.value)]
     of_later = OF_LATER.get(done[-1], ()) if done else ()
@@ -352,19 +352,24 @@ def _refuse(run: Run, how: str, changed: list[str], force: bool) -> None:
             "folder with run="
         )
     if done[-1:] == ["sft"] and not run.checkpoints("readout").exists():
-        return  # a readout that follows a finished SFT
+        return False  # a readout that follows a finished SFT
     if not force:
         raise ConfigError(
             f"{fault}; name another folder with run=, or force=true to begin anew what is not done"
         )
     log.warning("%s: what is not done begins anew", fault)
-    for stage in STAGES:
-        if stage.value not in done:
-            shutil.rmtree(run.checkpoints(stage.value), ignore_errors=True)
-            shutil.rmtree(run.tracked(stage.value), ignore_errors=True)
-    if "sft" not in done:
+    return True
+
+
+def begin_anew(run: Run) -> None:
+    """Deletes what stages that are not done have left."""
+    unfinished = [stage.value for stage in STAGES if not run.done(stage.value)]
+    for stage in unfinished:
+        shutil.rmtree(run.checkpoints(stage), ignore_errors=True)
+        shutil.rmtree(run.tracked(stage), ignore_errors=True)
+    if "sft" in unfinished:
         shutil.rmtree(run.snapshots, ignore_errors=True)
-    if not done:
+    if len(unfinished) == len(STAGES):
         run.layer_file.unlink(missing_ok=True)
 
 

@@ -67,10 +67,10 @@ def win_rate(
     named = settings.node(QualityConfig)
     name, reference = set_name(named.source), Run(Path(str(named.reference)))
     beside = replace(
-        settings.without("steering"),
+        settings.without("steering", "gate", "gating", "calibrate"),
         model=resolving.model_of(reference.config(), settings.model.trust_remote_code),
         run=str(reference.folder),
-        gen=replace(settings.gen, self_cd=None, adacd=None, prefill=None),
+        gen=replace(settings.gen, self_cd=None, adacd=None, prefill=None, thinking=None),
     )
     subject = subjects.final(beside, reference)
     place = subject.folder

@@ -142,6 +142,10 @@ def _faults(config: EvalConfig) -> Iterator[str]:
             f"trainer.devices={trainer.devices} trainer.accelerator=mps: there is one; leave "
             "trainer.devices out"
         )
+    if config.run is None and config.stage is not Stage.all:
+        yield f"stage={config.stage.value}: is a stage of a run; add run=<folder>, or leave it out"
+    if config.run is None and config.snapshots:
+        yield "snapshots=true: are those of a run; add run=<folder>, or leave it out"
     if config.steps is not None and not config.snapshots:
         yield f"steps={config.steps}: picks among snapshots; add snapshots=true"
     if config.steps == []:

@@ -236,7 +236,10 @@ def split(
         rows = added(rows, cleaning)
     if readout is not None:
         rows = with_readout(rows, readout, seed, cleaning)
-    return replace(rows, dropped=dict(cleaning.dropped), fewer=cleaning.fewer)
+    # stage one alone holds groups out; another stage may have learnt them
+    learnt = {_group(row) for row in (*rows.refusals, *rows.augmented)}
+    unseen = [group for group in rows.unseen_groups if group not in learnt]
+    return replace(rows, dropped=dict(cleaning.dropped), fewer=cleaning.fewer, unseen_groups=unseen)
 
 
 def _refusals(pairs: list[Example], cleaning: Cleaning) -> list[Example]:
@@ -287,13 +290,14 @@ def _with_stage_one(
         toxic=toxic,
         seemingly_toxic_heldout=heldout[0],
         toxic_heldout=heldout[1],
-        unseen_groups=sorted({row.group or row.id for part in unseen for row in part}),
+        unseen_groups=sorted(set(map(_group, (*unseen[0], *unseen[1])))),
     )
 
 
 def with_readout(rows: Splits, readout: ReadoutConfig, seed: int, cleaning: Cleaning) -> Splits:
     """The readout's pairs, of which a share of the topics is held out from both kinds alike."""
     parts: dict[str, list[Example]] = {}
+    unseen = set(rows.unseen_groups)
     for kind, names in (
         (Kind.seemingly_toxic, readout.seemingly_toxic),
         (Kind.toxic, readout.toxic),
@@ -305,9 +309,15 @@ def with_readout(rows: Splits, readout: ReadoutConfig, seed: int, cleaning: Clea
         if not kept:
             raise ConfigError(f"sft.readout.{kind.value}: no row is left of {', '.join(names)}")
         parts |= {name: kept, f"{name}_heldout": heldout}
+        learnt = {row.id for row in kept}
+        unseen -= {_group(row) for row in rows_of_kind if row.id in learnt}
     evaluated = {*readout.seemingly_toxic, *readout.toxic} & set(cleaning.evaluated)
     in_distribution = sorted({*rows.in_distribution, *evaluated})
-    return replace(rows, **parts, in_distribution=in_distribution)
+    return replace(rows, **parts, in_distribution=in_distribution, unseen_groups=sorted(unseen))
+
+
+def _group(row: Example) -> str:
+    return row.group or row.id
 
 
 def _shuffled(rows: list[Example], seed: int) -> list[Example]:
