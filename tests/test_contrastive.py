@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dcr import extensions, train
 from dcr.analyses.separability import kmeans_accuracy
-from dcr.core import config, losses, models
+from dcr.core import config, losses, models, training
 from dcr.core.config import Pooling, Stage, TrainConfig
 from dcr.core.data import rows_of, split
 from dcr.core.data.module import PromptBatch, SafetyData, pair_batch, prompt_batch
@@ -280,11 +280,11 @@ def test_lora_trains_the_blocks_up_to_the_layer_and_is_merged(
     assert not any("lora" in name for name, _ in reopened.model.named_parameters())
 
 
-def test_the_anchor_needs_general_rows(tmp_path: Path, tiny: TrainConfig) -> None:
+def test_the_anchor_needs_general_rows(tiny: TrainConfig) -> None:
     made = changed(tiny, "dcr.nll.source=general")
     rows = split(made.data, 2, 0, contrastive=True)
     with pytest.raises(config.ConfigError, match=r"dcr\.nll\.source=general"):
-        train._check_input(made, Run(tmp_path), (Stage.contrastive,), replace(rows, normal=[]))
+        training.check(made, replace(rows, normal=[]), [Stage.contrastive])
 
 
 # --- measures ---
