@@ -103,7 +103,7 @@ def test_an_export_keeps_the_language_for_what_comes_later(
         ended = command("dcr.recalibration", f"model={folder}", "calibrate=0.5")
         assert ended.error == said
 
-    def asked(folder: Path, **given: str) -> list[str]:
+    def asked(folder: Path, **given: Any) -> list[str]:
         return harness.questions(pretrained=str(folder), limit=1, **given)["test"][0]["choices"]
 
     assert asked(german) == asked(tiny_folder, language="de") != asked(tiny_folder)

@@ -142,14 +142,14 @@ def _faults(config: EvalConfig) -> Iterator[str]:
             f"trainer.devices={trainer.devices} trainer.accelerator=mps: there is one; leave "
             "trainer.devices out"
         )
-    if config.run is None and config.stage is not Stage.all:
-        yield f"stage={config.stage.value}: is a stage of a run; add run=<folder>, or leave it out"
-    if config.run is None and config.snapshots:
-        yield "snapshots=true: are those of a run; add run=<folder>, or leave it out"
     if config.steps is not None and not config.snapshots:
         yield f"steps={config.steps}: picks among snapshots; add snapshots=true"
     if config.steps == []:
         yield "steps=[]: name at least one step, or leave it out for all"
+    if config.run is None and config.stage is not Stage.all:
+        yield f"stage={config.stage.value}: is a stage of a run; add run=<folder>, or leave it out"
+    if config.run is None and config.snapshots:
+        yield "snapshots=true: are those of a run; add run=<folder>, or leave it out"
     contrasts = [f"gen.{name}={value}" for name, value in gen.contrast.items()]
     if gen.max_new_tokens == AUTO_LENGTH:
         judges = [f"judge=[{judge}]" for judge in config.judge if judge != KEYWORD]
