@@ -271,6 +271,8 @@ def decoded(
         logits: gives the logits to decode from the contexts that are still read.
         is_over: whether an answer ends with the last of these tokens.
         scored: the number of new tokens that have a score; one behind the end means nothing.
+
+    Raises ConfigError for a score that is not finite.
     """
     taken = inspect.signature(unwrapped(policy.model).forward).parameters.keys()
     with torch.inference_mode(), passes.current().decoding(policy.model):
@@ -284,12 +286,7 @@ def decoded(
             streamer.put(contexts[0].ids.cpu())
         for tokens in range(1, most + 1):
             if tokens <= scored:
-                values[rows, tokens - 1] = of_rows = score(scores).float().cpu()
-                if not of_rows.isfinite().all():
-                    raise ConfigError(
-                        "precision: what the model computes is not finite; use precision=fp32, or "
-                        "a smaller steering.strength"
-                    )
+                values[rows, tokens - 1] = _finite(score(scores).float().cpu())
             newest = scores.argmax(1)
             if streamer is not None:
                 streamer.put(newest.cpu())
@@ -314,6 +311,16 @@ def decoded(
         if streamer is not None:
             streamer.end()
         return answers, values
+
+
+def _finite(scores: Float[Tensor, "rows"]) -> Float[Tensor, "rows"]:
+    """The scores, before any is kept. ConfigError where the model's numbers overflowed."""
+    if not scores.isfinite().all():
+        raise ConfigError(
+            "precision: what the model computes is not finite; use precision=fp32, or a smaller "
+            "steering.strength"
+        )
+    return scores
 
 
 def _may_leave(policy: Policy, contexts: Sequence[Context]) -> bool:

@@ -336,7 +336,9 @@ def claim_base(run: Run, stage: str, weights: str, force: bool) -> None:
 
 
 def _differs(run: Run, how: str, changed: list[str], force: bool) -> bool:
-    """Raises ConfigError for a folder of other settings; `force` lets unfinished stages begin anew.
+    """Whether unfinished stages begin anew, as `force` lets them in a folder of other settings.
+
+    Raises ConfigError for such a folder without it.
 
     A finished stage stays, so `force` does not help if it depends on the change: settings, weights
     and card would disagree.

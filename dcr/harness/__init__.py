@@ -60,14 +60,14 @@ def questions(
         raise ConfigError(
             "dcr_discernment: no model named; give --model_args pretrained=<folder or hub id>"
         )
-    config = ModelConfig(
-        name=tokenizer or pretrained, revision=revision, trust_remote_code=trust_remote_code
-    )
-    spoken = models.open_tokenizer(config)
     if language is not None and language not in Language.__members__:
         raise ConfigError(
             f"dcr_discernment: language={language}: choose one of {', '.join(Language.__members__)}"
         )
+    config = ModelConfig(
+        name=tokenizer or pretrained, revision=revision, trust_remote_code=trust_remote_code
+    )
+    spoken = models.open_tokenizer(config)
     config.language = Language(language) if language else prompts.kept_language(spoken)
     chat = prompts.chat_format(spoken, config)
     lead, choices = _choices(chat)
