@@ -80,15 +80,6 @@ class RowList(TypedDict):
     ids: list[str]
 
 
-class BalanceRecord(TypedDict):
-    """The differences in form of stage one's prompts, see `balance.Balance`."""
-
-    form: float | None
-    words: float | None
-    questions: tuple[float, float]
-    length: tuple[float, float]
-
-
 class OwnSource(TypedDict):
     """A user's own source, see `extending.origin`."""
 
@@ -106,7 +97,6 @@ class RowRecord(TypedDict):
     dropped: NotRequired[dict[str, int]]
     in_distribution: NotRequired[list[str]]
     unseen_groups: NotRequired[list[str]]
-    balance: NotRequired[BalanceRecord]
     own: NotRequired[dict[str, OwnSource]]
 
 

@@ -10,10 +10,13 @@ from typing import Any
 
 import yaml
 from markupsafe import Markup
+from typing_extensions import TypedDict
 
 import dcr
 from dcr.balance import Balance
+from dcr.core import storage
 from dcr.core.config import Kind
+from dcr.core.runs import RESTORE, Run
 from dcr.core.text import printable
 from dcr.report import comparisons, figures
 from dcr.report.grids import in_words, set_names, text_of
@@ -23,6 +26,12 @@ from dcr.report.writing import TextTable, templates
 
 DRAWN, DIFFERING = 20, 30  # prompts of a set whose answers are shown
 OVERVIEW = ("results", "judges", "general")  # grids whose sums are beside each run
+
+
+class Examined(TypedDict):
+    """What `dcr.balance` adds to a run's `rows.json`."""
+
+    balance: Balance
 
 
 @dataclass(frozen=True)
@@ -183,8 +192,9 @@ def rows_used(chosen: Selection) -> TextTable | None:
             told.append(f"in-distribution: {', '.join(known)}")
         if unseen := run.rows.get("unseen_groups"):
             told.append(f"template groups kept unseen: {len(unseen)}")
-        if balance := run.rows.get("balance"):
-            told += [f"stage one's {what} {value}" for what, value in Balance(**balance).rows()]
+        if "balance" in run.rows:
+            found = storage.read_json(Run(run.folder).rows_file, Examined, RESTORE)["balance"]
+            told += [f"stage one's {what} {value}" for what, value in found.rows()]
         notes += [f"{name}: {'; '.join(told)}."] if told else []
     return TextTable.of(rows, "run", "rows", "count", "fingerprint", notes=notes)
 

@@ -180,6 +180,10 @@ class Steering(Change):
             storage.write_json(subject.folder / RECORD, steered.record)
             yield
 
+    def noted(self, subject: Local, folder: Path) -> dict[str, Any]:
+        file = folder / RECORD
+        return {"steering": storage.read_json(file, dict[str, Any])} if file.is_file() else {}
+
     def prompts(self, settings: EvalConfig) -> list[PromptSet] | None:
         apart = settings.node(SteeringConfig).validation
         return validation(settings, settings.limit) if apart else None
@@ -235,5 +239,5 @@ def _handed_on(hook: str) -> Callable[..., Any]:
 
 
 for _hook in ("check", "prepared", "around", "decoding", "chat", "before", "answering", "masses",
-              "measured", "prompts", "made_from"):  # fmt: skip
+              "measured", "noted", "prompts", "made_from"):  # fmt: skip
     setattr(Own, _hook, _handed_on(_hook))

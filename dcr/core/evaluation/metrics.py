@@ -17,8 +17,6 @@ from dcr.core.runs import Run
 
 log = logging.getLogger(__name__)
 
-# the blocks that the prompts of over-refusal and safety are counted and ranked into
-SCORES = ("sets", "discernment", "agreement", "usage", "contamination", "thinking")
 OWN = "own"  # what a user's own tasks measured
 
 
@@ -144,11 +142,12 @@ def _write(
     """`metrics.json`, of what was measured so far and of what earlier commands measured."""
     origin = _origin(subject)
     kept = _kept(subject, folder, origin["settings"])
-    metrics = {"version": results.VERSION} | origin | kept | dict(blocks)
+    metrics = {"version": results.VERSION, **origin}
+    metrics |= {key: block for key, block in kept.items() if key not in metrics} | dict(blocks)
     if own := kept.get(OWN, {}) | blocks.get(OWN, {}):
         metrics[OWN] = own
-    if (edits := folder / "steering.json").is_file():
-        metrics["steering"] = storage.read_json(edits, dict[str, Any])
+    for change in protocols.changes(subject.settings):
+        metrics |= change.noted(subject, folder)
     if (made := folder / subjects.DECODING).is_file():
         metrics["decoding"] = storage.read_json(made, subjects.Made)
     metrics["seconds"] = round(time.perf_counter() - began, 1)
@@ -197,13 +196,12 @@ def _set_aside(subject: Subject, folder: Path, settings: dict[str, Any]) -> None
 
 
 def _kept(subject: Subject, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The blocks of the same answers that an earlier command measured and this one did not."""
-    before = _before(subject, folder)
-    alone = (*subject.settings.table.tasks, "steering")
-    kept = {key: before[key] for key in alone if key in before}
-    if before.get("settings") == settings:
-        kept |= {key: before[key] for key in (*SCORES, OWN) if key in before}
-    return kept
+    """What an earlier command left in `metrics.json`: all of it under these settings, under others
+    only the blocks of tasks, which have settings of their own.
+    """
+    before, tasks = _before(subject, folder), subject.settings.table.tasks
+    same = before.get("settings") == settings
+    return {key: block for key, block in before.items() if same or key in tasks}
 
 
 def _before(subject: Subject, folder: Path) -> dict[str, Any]:

@@ -129,6 +129,10 @@ class Change:
         """Blocks of `metrics.json`, of what `folder` holds beside the answers."""
         return {}
 
+    def noted(self, subject: Any, folder: Path) -> dict[str, Any]:
+        """Blocks of `metrics.json` that it has left in `folder`, read whenever that is written."""
+        return {}
+
     def prompts(self, settings: EvalConfig) -> "list[PromptSet] | None":
         """Sets that are asked in place of those of `data.evaluation`."""
         return None
