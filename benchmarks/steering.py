@@ -30,9 +30,9 @@ from rich.console import Console
 from rich.table import Table
 
 from dcr import cli, extensions
+from dcr.contrast import ContrastConfig as GenConfig
 from dcr.core import generation, models, prompts, refusal, sources
 from dcr.core.config import Kind, Precision, resolving
-from dcr.core.config.evaluation import GenConfig
 from dcr.core.models import Policy, folders, structure
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run

@@ -277,7 +277,7 @@ def _instructed(settings: EvalSettings, instruction: str | None) -> EvalSettings
     own = settings.model.system_prompt
     whole = f"{own}\n\n{instruction}" if own else instruction
     if settings.endpoint is None:
-        from dcr.contrast import with_system
+        from dcr.contrast.decoding import with_system
         from dcr.core import models
 
         chat = prompts.chat_format(models.open_tokenizer(settings.model), settings.model)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from dcr import (
     analyses,
     calibration,
+    contrast,
     ending,
     endpoints,
     gating,
@@ -24,6 +25,7 @@ from dcr import (
 from dcr.ability import AbilityConfig
 from dcr.analyses import ClaimsConfig, KernelConfig, RefusalProbabilityConfig, SeparabilityConfig
 from dcr.calibration import CalibrationConfig
+from dcr.contrast import ContrastConfig
 from dcr.core.config import Part, TrainConfig, TrainTable, is_path
 from dcr.core.config.evaluation import EvalConfig, Table
 from dcr.endpoints import HTTPConfig
@@ -39,6 +41,7 @@ from dcr.looks import FinalConfig
 from dcr.quality import QualityConfig
 from dcr.robustness import RobustnessConfig
 from dcr.steering import SteeringConfig
+from dcr.stl_aug import AugmentConfig
 from dcr.tracking import TrackingConfig
 
 if TYPE_CHECKING:
@@ -73,7 +76,7 @@ TABLE = Table(
             lambda of: of.steering.method != "none" or of.steering.validation,
         ),
         Part("dcr.steering.methods:Own", lambda of: is_path(of.steering.method)),
-        Part("dcr.contrast:Contrasted", lambda of: bool(of.gen.contrast)),
+        Part("dcr.contrast.decoding:Contrasted", lambda of: bool(of.gen.contrast)),
         Part("dcr.core.evaluation.subjects:Prefilled", lambda of: of.gen.prefill is not None),
         Part("dcr.thinking.reasoning:Thinking", lambda of: of.gen.thinking is not None),
         Part(
@@ -89,6 +92,7 @@ TABLE = Table(
     record="dcr.results.schema:Metrics",
     showing="dcr.wandb_scores:showing",
     relations=(
+        contrast.relations,
         endpoints.relations,
         steering.relations,
         calibration.relations,
@@ -102,28 +106,43 @@ TABLE = Table(
 )
 
 
-def listed_last(*names: str) -> Callable[[type[Node]], type[Node]]:
-    """Moves these fields of a dataclass behind all its others, for listings of its settings.
+def listed(*names: str, behind: str) -> Callable[[type[Node]], type[Node]]:
+    """Moves these fields of a dataclass right behind another, for listings of its settings.
 
-    The fields that a subclass adds would otherwise follow all that it inherits, these included.
+    The fields that a subclass adds would otherwise follow all that it inherits.
     """
 
     def moved(node: type[Node]) -> type[Node]:
         entries: dict[str, Any] = vars(node)["__dataclass_fields__"]
-        for name in names:
+        order = [name for name in entries if name not in names]
+        place = order.index(behind) + 1
+        for name in (*order[:place], *names, *order[place:]):
             entries[name] = entries.pop(name)
         return node
 
     return moved
 
 
-@listed_last("own", "trainer", "wandb")
+@listed("self_cd", "adacd", behind="max_new_tokens")
+@dataclass
+class GenSettings(ContrastConfig):
+    """How answers are generated."""
+
+
+@listed("endpoint_model", "endpoint_key", "endpoint_parameters", behind="endpoint")
+@listed("own", "trainer", "wandb", behind="final")
 @dataclass
 class EvalSettings(EvalConfig):
     """Everything `eval.py` can be told."""
 
     table: ClassVar[Table] = TABLE
 
+    # nobody puts another node there
+    gen: GenSettings = field(default_factory=GenSettings)  # pyright: ignore[reportIncompatibleVariableOverride]
+    endpoint_model: str | None = None  # its name there
+    endpoint_key: str | None = None  # the environment variable that holds the key, if one is needed
+    # Sent with each request; null leaves one of ours out.
+    endpoint_parameters: dict[str, Any] = field(default_factory=dict)
     # The folder of a gate, which refuses toxic prompts; the model answers the others.
     gate: str | None = None
     gating: GatingConfig = field(default_factory=GatingConfig)
@@ -145,13 +164,14 @@ class EvalSettings(EvalConfig):
     final: FinalConfig = field(default_factory=FinalConfig)
 
 
-@listed_last("wandb")
+@listed("stl_aug", behind="sft")
+@listed("tracking", behind="trainer")
 @dataclass
 class TrainSettings(TrainConfig):
     """Everything `train.py` can be told."""
 
     table: ClassVar[TrainTable] = TrainTable(
-        rows={"stl_aug": "dcr.stl_aug:added"},
+        rows={"stl_aug": "dcr.stl_aug.rows:added"},
         examining="dcr.balance:examined",
         best_layer="dcr.choice.transfer:best_layer",
         watching=Part(
@@ -163,6 +183,7 @@ class TrainSettings(TrainConfig):
         relations=(tracking.relations,),
     )
 
+    stl_aug: AugmentConfig = field(default_factory=AugmentConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 

@@ -15,12 +15,11 @@ from typing import Any
 
 import pytest
 
-from dcr import augment, cli, entry, stl_aug, train
+from dcr import augment, cli, entry, train
 from dcr.augment import INSTRUCTIONS
 from dcr.contamination import texts_of
 from dcr.core import data, runs
 from dcr.core.config import (
-    AugmentConfig,
     ConfigError,
     CountedSourceConfig,
     DataConfig,
@@ -35,6 +34,8 @@ from dcr.core.data import Splits, overlaps
 from dcr.core.runs import Run
 from dcr.extensions import TrainSettings
 from dcr.plan import expected
+from dcr.stl_aug import AugmentConfig
+from dcr.stl_aug.rows import added
 from tests import forked, tiny_run
 from tests.servers.loopback import Answer
 from tests.servers.scripted import Body, Scripted, last_user, rejected, scripted
@@ -105,7 +106,7 @@ def split(
     config: DataConfig, responses: str | None = None, repeat: int = 1, seed: int = 0
 ) -> Splits:
     told = TrainSettings(stl_aug=AugmentConfig(responses, repeat))
-    return data.split(config, 1.0, seed, False, functools.partial(stl_aug.added, told))
+    return data.split(config, 1.0, seed, False, functools.partial(added, told))
 
 
 def stl(config: DataConfig, seed: int = 0, dcr: bool = False) -> Splits:

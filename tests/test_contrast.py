@@ -12,16 +12,16 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from dcr import contrast
-from dcr.contrast import EMPHASIS, REFUSE, adapted, contrasted
+from dcr.contrast import ContrastConfig
+from dcr.contrast import decoding as contrast
+from dcr.contrast.decoding import EMPHASIS, REFUSE, adapted, contrasted
 from dcr.core import generation, prompts
 from dcr.core.config import ConfigError, DataError, Kind, ModelConfig, resolving
-from dcr.core.config.evaluation import GenConfig
 from dcr.core.generation import Completion
 from dcr.core.models import Policy
 from dcr.core.prompts import CHATML, ChatFormat
 from dcr.core.sources import Example
-from dcr.extensions import EvalSettings
+from dcr.extensions import EvalSettings, GenSettings
 from tests import test_generation
 from tests.shapes import greedy, next_logits
 
@@ -65,7 +65,7 @@ def stressed(chat: ChatFormat) -> ChatFormat:
 
 
 def self_cd(weight: float) -> contrast.Contrast:
-    asked_for = contrast.asked_for(GenConfig(self_cd=weight or 1.0))
+    asked_for = contrast.asked_for(ContrastConfig(self_cd=weight or 1.0))
     assert asked_for is not None
     return replace(asked_for, logits=functools.partial(contrasted, weight=weight))
 
@@ -75,7 +75,7 @@ def top(logits: Tensor) -> Tensor:
 
 
 def run(policy: Policy, chat: ChatFormat, weight: float | None, batch: int | None, new: int = NEW):
-    settings = GenConfig(max_new_tokens=new, batch_size=batch, self_cd=weight)
+    settings = ContrastConfig(max_new_tokens=new, batch_size=batch, self_cd=weight)
     made = [
         c
         for b in generation.complete(
@@ -328,7 +328,7 @@ def test_adacd_decodes_ten_tokens_against_the_prompt_and_then_plainly(
 ) -> None:
     chat = chat_of(policy)
     refusing = chat_of(policy, REFUSE)
-    settings = GenConfig(max_new_tokens=NEW, batch_size=4, adacd=4.5)
+    settings = ContrastConfig(max_new_tokens=NEW, batch_size=4, adacd=4.5)
     list(
         generation.complete(
             policy, chat, ROWS, settings, top, decoding=contrast.asked_for(settings)
@@ -355,7 +355,7 @@ def adaptive(
 
 
 def test_one_way_to_decode_at_a_time() -> None:
-    settings = EvalSettings(gen=GenConfig(self_cd=1.0, adacd=4.5))
+    settings = EvalSettings(gen=GenSettings(self_cd=1.0, adacd=4.5))
     settings.steering.surgical.refusal_tokens = ["I"]  # else what it is taken from, not resolved
     with pytest.raises(ConfigError, match=r"gen.self_cd=1.0 gen.adacd=4.5: two ways to decode"):
         resolving.check(settings)

@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from dcr.core.config import not_negative, positive, ranged
-from dcr.core.config.evaluation import EvalConfig, cut_short
+from dcr.core.config.evaluation import cut_short
 
 PRICE = "give USD per million tokens, or null"
 
@@ -44,7 +44,7 @@ class ServerConfig:
     output_price: float | None = ranged(None, not_negative, PRICE)
 
 
-def relations(settings: EvalConfig) -> Iterator[str]:
+def relations(settings: Any) -> Iterator[str]:
     """The contradictions between an endpoint and settings that need the model itself."""
     if settings.endpoint is None:
         if settings.endpoint_model is not None:

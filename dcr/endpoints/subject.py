@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from dcr.core import refusal, storage, thoughts
 from dcr.core.config import ConfigError
@@ -105,7 +106,7 @@ def _put_in_order(asked: Sequence[PromptSet], folder: Path, schema: type[sets.Of
         storage.put_in_order(file, schema, [row.id for row in of.rows])
 
 
-def server_of(settings: EvalConfig) -> ServerConfig:
+def server_of(settings: Any) -> ServerConfig:
     """The settings of the server that `endpoint=` names."""
     return ServerConfig(
         url=settings.endpoint,

@@ -20,7 +20,7 @@ from typing import Any
 
 from dcr import outcomes
 from dcr.calibration import CalibrationConfig, biases
-from dcr.contrast import with_system
+from dcr.contrast.decoding import with_system
 from dcr.core import generation, prompts, refusal, sources, storage
 from dcr.core.config import ConfigError
 from dcr.core.config.evaluation import EvalConfig

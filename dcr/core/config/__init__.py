@@ -231,14 +231,6 @@ class SourcesByKind:
 
 
 @dataclass
-class AugmentConfig:
-    """STL-aug: compliant answers to seemingly toxic prompts, added to the rows of SFT."""
-
-    responses: str | None = None  # a JSONL file with prompt and response
-    repeat: int = 1  # how often each answer stands among the rows
-
-
-@dataclass
 class EvaluationSets:
     over_refusal: list[str] = field(default_factory=list)  # seemingly toxic sets, or files
     safety: list[str] = field(default_factory=list)  # toxic sets, or files
@@ -491,7 +483,6 @@ class TrainConfig(Settings):
     data: DataConfig = field(default_factory=DataConfig)
     dcr: ContrastiveConfig = field(default_factory=ContrastiveConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
-    stl_aug: AugmentConfig = field(default_factory=AugmentConfig)
     own: dict[str, Any] = field(default_factory=dict)  # settings of a user's own classes, by name
     # Counts that nobody set: a source with fewer rows gives all. Commands fill this in.
     at_most: list[str] = field(default_factory=list)

@@ -28,12 +28,6 @@ CORE_TASKS, KEYWORD = ("over_refusal", "safety", "discernment"), "keyword"
 @dataclass
 class GenConfig:
     max_new_tokens: Any = 256  # or auto: each answer ends once XSTest's keywords have decided
-    # Self-CD (OverKill, ACL 2024): the weight at which to subtract what a system prompt that
-    # stresses safety adds to the logits. The released code's is 1.5; null decodes plainly.
-    self_cd: float | None = None
-    # AdaCD (arXiv 2604.17132): the ratio at which to add or subtract, token by token, what a system
-    # prompt that asks for a refusal adds to the logits. The released code's is 4.5.
-    adacd: float | None = None
     # Words that each answer continues, a simple jailbreak; the text behind them is stored and
     # judged.
     prefill: str | None = None
@@ -43,9 +37,8 @@ class GenConfig:
 
     @property
     def contrast(self) -> dict[str, float]:
-        """The way to decode that is asked for, by name, with its weight; empty for plain."""
-        named = {"self_cd": self.self_cd, "adacd": self.adacd}
-        return {name: value for name, value in named.items() if value is not None}
+        """The ways to decode of an extension that are asked for, by name, with their weights."""
+        return {}
 
     @property
     def most(self) -> int:
@@ -96,10 +89,6 @@ class EvalConfig(Settings):
     snapshots: bool = False  # score the run's adapter snapshots, for the frontier over SFT
     steps: list[int] | None = None  # whose snapshots; null: all
     endpoint: str | None = None  # an OpenAI-compatible server to evaluate instead of a model
-    endpoint_model: str | None = None  # its name there
-    endpoint_key: str | None = None  # the environment variable that holds the key, if one is needed
-    # Sent with each request; null leaves one of ours out.
-    endpoint_parameters: dict[str, Any] = field(default_factory=dict)
     # What is measured; your own task is named by its path, package.module:Class.
     tasks: list[str] = field(default_factory=lambda: ["over_refusal", "safety"])
     # Who says whether an answer refuses or harms; your own is named by its path as well.
@@ -150,16 +139,11 @@ def _faults(config: EvalConfig) -> Iterator[str]:
         yield f"stage={config.stage.value}: is a stage of a run; add run=<folder>, or leave it out"
     if config.run is None and config.snapshots:
         yield "snapshots=true: are those of a run; add run=<folder>, or leave it out"
-    contrasts = [f"gen.{name}={value}" for name, value in gen.contrast.items()]
     if gen.max_new_tokens == AUTO_LENGTH:
         judges = [f"judge=[{judge}]" for judge in config.judge if judge != KEYWORD]
-        yield from cut_short(config, *judges, *contrasts)
+        yield from cut_short(config, *judges)
     elif type(gen.max_new_tokens) is not int:
         yield f"gen.max_new_tokens={gen.max_new_tokens}: give a number of tokens, or auto"
-    if len(contrasts) > 1:
-        yield f"{' '.join(contrasts)}: two ways to decode; give one"
-    for contrast in contrasts:
-        yield from decoding_alone(config, contrast, "a contrast is a way to decode answers")
     language = config.model.language
     if config.endpoint and "discernment" in config.tasks and language is not Language.en:
         yield (

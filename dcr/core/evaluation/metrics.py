@@ -17,6 +17,7 @@ from dcr.core.runs import Run
 
 log = logging.getLogger(__name__)
 
+LAST = ("decoding", "seconds", "peak_memory_gib")  # of the command rather than of the answers
 OWN = "own"  # what a user's own tasks measured
 
 
@@ -143,7 +144,8 @@ def _write(
     origin = _origin(subject)
     kept = _kept(subject, folder, origin["settings"])
     metrics = {"version": results.VERSION, **origin}
-    metrics |= {key: block for key, block in kept.items() if key not in metrics} | dict(blocks)
+    told_anew = (*metrics, *LAST)
+    metrics |= {key: block for key, block in kept.items() if key not in told_anew} | dict(blocks)
     if own := kept.get(OWN, {}) | blocks.get(OWN, {}):
         metrics[OWN] = own
     for change in protocols.changes(subject.settings):
@@ -199,9 +201,9 @@ def _kept(subject: Subject, folder: Path, settings: dict[str, Any]) -> dict[str,
     """What an earlier command left in `metrics.json`: all of it under these settings, under others
     only the blocks of tasks, which have settings of their own.
     """
-    before, tasks = _before(subject, folder), subject.settings.table.tasks
-    same = before.get("settings") == settings
-    return {key: block for key, block in before.items() if same or key in tasks}
+    before = _before(subject, folder)
+    of_tasks = {key: before[key] for key in subject.settings.table.tasks if key in before}
+    return of_tasks | before if before.get("settings") == settings else of_tasks
 
 
 def _before(subject: Subject, folder: Path) -> dict[str, Any]:

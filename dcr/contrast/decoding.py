@@ -26,8 +26,9 @@ from jaxtyping import Float
 from jinja2 import TemplateError
 from torch import Tensor
 
+from dcr.contrast import ContrastConfig
 from dcr.core.config import ConfigError
-from dcr.core.config.evaluation import EvalConfig, GenConfig
+from dcr.core.config.evaluation import EvalConfig
 from dcr.core.evaluation.protocols import Change
 from dcr.core.evaluation.subjects import Local, subjects
 from dcr.core.generation import Context, Encoded, decoded
@@ -113,10 +114,11 @@ class Contrasted(Change):
         return settings.gen.contrast
 
     def decoding(self, settings: EvalConfig) -> Contrast | None:
+        assert isinstance(settings.gen, ContrastConfig)  # in whose table of changes this is
         return asked_for(settings.gen)
 
 
-def asked_for(settings: GenConfig) -> Contrast | None:
+def asked_for(settings: ContrastConfig) -> Contrast | None:
     """The contrast that the settings name; None for plain decoding, as with Self-CD of weight 0."""
     if settings.adacd is not None:
         return Contrast(

@@ -1,7 +1,4 @@
-"""The rows that STL-aug adds to SFT's: compliant answers to seemingly toxic prompts.
-
-`dcr.augment` writes such answers into a file.
-"""
+"""The rows that STL-aug adds to SFT's: compliant answers to seemingly toxic prompts."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,6 +9,7 @@ from dcr.core import sources
 from dcr.core.config import ConfigError, DataConfig, DataError, Kind, TrainConfig
 from dcr.core.data import Cleaning, Splits, overlaps, without
 from dcr.core.sources import SOURCES, Example, jsonl
+from dcr.stl_aug import AugmentConfig
 
 
 def added(settings: TrainConfig, rows: Splits, cleaning: Cleaning) -> Splits:
@@ -21,7 +19,8 @@ def added(settings: TrainConfig, rows: Splits, cleaning: Cleaning) -> Splits:
     Evaluation sets that hold such a prompt become in-distribution. Raises ConfigError where no
     answer is left, and DataError for an answer of the file that refuses.
     """
-    config, named = cleaning.config, settings.stl_aug.responses
+    config, node = cleaning.config, settings.node(AugmentConfig)
+    named = node.responses
     if named is None:
         answers = cleaning.clean("seemingly_toxic", Kind.seemingly_toxic)
     else:
@@ -47,7 +46,7 @@ def added(settings: TrainConfig, rows: Splits, cleaning: Cleaning) -> Splits:
         )
     return replace(
         rows,
-        augmented=left * settings.stl_aug.repeat,
+        augmented=left * node.repeat,
         in_distribution=sorted({*rows.in_distribution, *_holding(left, cleaning)}),
         unseen_groups=sorted({row.group or row.id for row in unseen}),
     )
