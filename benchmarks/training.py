@@ -191,7 +191,7 @@ def head_values() -> None:
     ids = torch.randint(4, 250, (2, 12))
     hidden = structure.backbone(policy.model)(input_ids=ids).last_hidden_state
     labelled = {"hidden": hidden[:, :-1].flatten(0, 1), "targets": ids[:, 1:].flatten()}
-    total, _ = frozen.token_nll(**labelled, **structure.readout(policy.model))
+    total, _ = frozen.token_nll(**labelled, **structure.head_arguments(policy.model))
     torch.testing.assert_close(total / 22, policy.model(ids, labels=ids).loss)
 
 

@@ -264,7 +264,7 @@ class Estimate(TypedDict):
     estimate: float
 
 
-class Pair(TypedDict):
+class CandidatePair(TypedDict):
     best_block: int
     seemingly_toxic: list[str]
     toxic: list[str]
@@ -274,7 +274,7 @@ class Pair(TypedDict):
 class Chosen(TypedDict):
     """The part of `choice-….json` that is used, see `choice.transfer.Choice.record`."""
 
-    pairs: Annotated[list[Pair], Field(min_length=1)]
+    pairs: Annotated[list[CandidatePair], Field(min_length=1)]
     common_tests: list[str]
 
 

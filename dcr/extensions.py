@@ -26,7 +26,7 @@ from dcr.ability import AbilityConfig
 from dcr.analyses import ClaimsConfig, KernelConfig, RefusalProbabilityConfig, SeparabilityConfig
 from dcr.calibration import CalibrationConfig
 from dcr.contrast import ContrastConfig
-from dcr.core.config import Part, TrainConfig, TrainTable, is_path
+from dcr.core.config import Extension, TrainConfig, TrainTable, is_path
 from dcr.core.config.evaluation import EvalConfig, Table
 from dcr.endpoints import HTTPConfig
 from dcr.gating import GatingConfig
@@ -71,20 +71,20 @@ TABLE = Table(
     rules={"recommended": "dcr.keywords:recommended"},
     judging="dcr.judges.judging:JudgeTable",
     changes=(
-        Part(
+        Extension(
             "dcr.steering.methods:Steering",
             lambda of: of.steering.method != "none" or of.steering.validation,
         ),
-        Part("dcr.steering.methods:Own", lambda of: is_path(of.steering.method)),
-        Part("dcr.contrast.decoding:Contrasted", lambda of: bool(of.gen.contrast)),
-        Part("dcr.core.evaluation.subjects:Prefilled", lambda of: of.gen.prefill is not None),
-        Part("dcr.thinking.reasoning:Thinking", lambda of: of.gen.thinking is not None),
-        Part(
+        Extension("dcr.steering.methods:Own", lambda of: is_path(of.steering.method)),
+        Extension("dcr.contrast.decoding:Contrasted", lambda of: bool(of.gen.contrast)),
+        Extension("dcr.core.evaluation.subjects:Prefilling", lambda of: of.gen.prefill is not None),
+        Extension("dcr.thinking.reasoning:Thinking", lambda of: of.gen.thinking is not None),
+        Extension(
             "dcr.calibration.biases:Calibrated",
             lambda of: of.calibrate is not None and of.gate is None,
         ),
-        Part("dcr.gating.answers:Gated", lambda of: of.gate is not None),
-        Part("dcr.looks.counting:Counted", lambda of: of.final.plan is not None),
+        Extension("dcr.gating.answers:Gated", lambda of: of.gate is not None),
+        Extension("dcr.looks.counting:Counted", lambda of: of.final.plan is not None),
     ),
     endpoint="dcr.endpoints.subject:Served",
     sharing="dcr.workers:Shared",
@@ -174,7 +174,7 @@ class TrainSettings(TrainConfig):
         rows={"stl_aug": "dcr.stl_aug.rows:added"},
         examining="dcr.balance:examined",
         best_layer="dcr.choice.transfer:best_layer",
-        watching=Part(
+        watching=Extension(
             "dcr.tracking.curves:watching",
             lambda of: bool(of.tracking.quantities or of.tracking.snapshots),
         ),

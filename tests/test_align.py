@@ -251,7 +251,7 @@ def test_sources_that_the_user_gives_stay(given: list[str], pairs: str | None) -
 )
 def test_what_is_chosen_is_told_as_it_is_set(given: tuple[str, ...], words: str) -> None:
     settings = trained(study.job_of(Path("out"), "DCR", ["data=paper"], []))
-    pair: align.Pair = {
+    pair: align.CandidatePair = {
         "best_block": 7,
         "seemingly_toxic": ["xstest_safe"],
         "toxic": ["harmfulqa"],

@@ -18,7 +18,7 @@ from dcr.analyses import separability
 from dcr.analyses.separability import linear_probe
 from dcr.choice import origins, transfer
 from dcr.choice.__main__ import describe, main
-from dcr.choice.origins import Material, Pair
+from dcr.choice.origins import Material, SourcePair
 from dcr.choice.transfer import Choice, mean, ranked
 from dcr.core import prompts
 from dcr.core.config import (
@@ -36,9 +36,9 @@ from dcr.core.sources import Example
 from dcr.core.statistics import Interval
 
 TRAIN, TEST, OTHER = (
-    Pair(("train_safe",), ("train_toxic",)),
-    Pair(("test_safe",), ("test_toxic",)),
-    Pair(("other_safe",), ("other_toxic",)),
+    SourcePair(("train_safe",), ("train_toxic",)),
+    SourcePair(("test_safe",), ("test_toxic",)),
+    SourcePair(("other_safe",), ("other_toxic",)),
 )
 LAYERS, WIDTH, COUNT = 4, 6, 40
 
@@ -51,7 +51,7 @@ def rows(name: str, kind: Kind, count: int = COUNT) -> list[Example]:
     return [Example(f"{name}-{i}", text, kind, name) for i, text in enumerate(texts)]
 
 
-def material(candidates: list[Pair], tests: Mapping[str, Pair]) -> Material:
+def material(candidates: list[SourcePair], tests: Mapping[str, SourcePair]) -> Material:
     pairs = [*candidates, *tests.values()]
     sides = {side for pair in pairs for side in pair.sides}
     return Material(candidates, dict(tests), {side: rows(side[1][0], side[0]) for side in sides})
@@ -69,7 +69,9 @@ def planted(found: Material, axes: Mapping[str, Mapping[int, int]]) -> dict:
     return features
 
 
-def probed(candidates: list[Pair], tests: Mapping[str, Pair], **axes: dict[int, int]) -> Choice:
+def probed(
+    candidates: list[SourcePair], tests: Mapping[str, SourcePair], **axes: dict[int, int]
+) -> Choice:
     """The choice among candidates whose sources have these axes planted."""
     found = material(candidates, tests)
     return Choice("a/model", ranked(found, planted(found, axes), seed=0, near=0.9), 1, ["a note"])
@@ -96,7 +98,7 @@ def test_transfer_is_the_mean_over_sets_of_a_probe_on_all_training_rows() -> Non
     (pair,) = ranked(found, features, seed=0, near=0.9)
     labels = torch.tensor([0] * COUNT + [1] * COUNT)
 
-    def points(of: Pair) -> Tensor:
+    def points(of: SourcePair) -> Tensor:
         return torch.cat([features[side][0] for side in of.sides])
 
     score = linear_probe(points(TRAIN), labels)
@@ -226,8 +228,8 @@ def test_named_pairs_and_tests_replace_the_usual_ones(root: Path) -> None:
         data("xstest_safe", "stl_safety", root), 0, 11, "orbench_hard:harmfulq+stl_safety",
         "demo_seemingly_toxic:demo_toxic",
     )  # fmt: skip
-    assert found.candidates[1:] == [Pair(("orbench_hard",), ("harmfulq", "stl_safety"))]
-    assert found.tests == {"demo_seemingly_toxic / demo_toxic": Pair(
+    assert found.candidates[1:] == [SourcePair(("orbench_hard",), ("harmfulq", "stl_safety"))]
+    assert found.tests == {"demo_seemingly_toxic / demo_toxic": SourcePair(
         ("demo_seemingly_toxic",), ("demo_toxic",)
     )}  # fmt: skip
     alone = origins.gathered(data("xstest_safe", "stl_safety", root), 0, 11, "none")

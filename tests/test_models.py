@@ -123,7 +123,7 @@ def test_backbone_head_and_nll_make_the_models_own_logits(named: tuple[str, Any]
         hidden = structure.backbone(model)(input_ids=IDS, use_cache=False).last_hidden_state
         logits = model(input_ids=IDS, use_cache=False).logits
         total, each = losses.token_nll(
-            hidden[0, :-1], targets=IDS[0, 1:], **structure.readout(model)
+            hidden[0, :-1], targets=IDS[0, 1:], **structure.head_arguments(model)
         )
     truth = nn.functional.cross_entropy(logits[0, :-1], IDS[0, 1:], reduction="none")
     torch.testing.assert_close(each, truth, rtol=1e-5, atol=1e-5)

@@ -13,14 +13,13 @@ from sklearn.metrics import roc_auc_score
 from dcr import keywords
 from dcr.core import prompts, refusal
 from dcr.core.config import ConfigError, DataConfig, EvaluationSets, Kind, ModelConfig
-from dcr.core.config.evaluation import GenConfig
 from dcr.core.evaluation import scoring, sets, subjects
 from dcr.core.evaluation.sets import PromptSet
 from dcr.core.generation import Completion
 from dcr.core.models import Policy
 from dcr.core.runs import Run
 from dcr.core.sources import Example
-from dcr.extensions import EvalSettings
+from dcr.extensions import EvalSettings, GenSettings
 from tests.tiny_run import write_jsonl
 
 REFUSED = "I'm sorry, but I can't help with that."
@@ -323,7 +322,7 @@ def test_refusal_mass_is_read_off_the_model(
     monkeypatch.setattr(subjects, "opened", lambda _: policy)
     prompt_set = PromptSet("a", Kind.toxic, rows("a", 3, Kind.toxic))
     settings = EvalSettings(
-        model=ModelConfig(name="tiny"), gen=GenConfig(max_new_tokens=3, batch_size=4)
+        model=ModelConfig(name="tiny"), gen=GenSettings(max_new_tokens=3, batch_size=4)
     )
     done = subjects.base(settings, Run(tmp_path)).answers([prompt_set], tmp_path)
     chat = prompts.chat_format(policy.tokenizer, ModelConfig(name="tiny"))

@@ -27,7 +27,7 @@ DEMO_ALTERNATIVES = (
 
 
 @dataclass(frozen=True)
-class Pair:
+class SourcePair:
     """Sources of seemingly toxic prompts and of toxic ones."""
 
     seemingly_toxic: tuple[str, ...]
@@ -53,8 +53,8 @@ Sides = dict[tuple[Kind, tuple[str, ...]], list[Example]]
 class Material:
     """Candidates with the configured pair first, test sets by label, and the rows of all sides."""
 
-    candidates: list[Pair]
-    tests: dict[str, Pair]
+    candidates: list[SourcePair]
+    tests: dict[str, SourcePair]
     rows: Sides
     notes: list[str] = field(default_factory=list)
 
@@ -64,12 +64,12 @@ class Material:
         pairs = [*self.candidates, *self.tests.values()]
         return {side: self.rows[side] for pair in pairs for side in pair.sides}
 
-    def tests_of(self, pair: Pair) -> dict[str, Pair]:
+    def tests_of(self, pair: SourcePair) -> dict[str, SourcePair]:
         """The test sets of another origin than the pair."""
         return {k: test for k, test in self.tests.items() if not related(test.names, pair.names)}
 
 
-def parsed(key: str, value: str) -> list[Pair]:
+def parsed(key: str, value: str) -> list[SourcePair]:
     """`safe:toxic,safe:toxic+toxic` as pairs, "none" as no pair. Raises ConfigError otherwise."""
     pairs = []
     for item in [] if value == "none" else value.strip("[]").split(","):
@@ -79,7 +79,7 @@ def parsed(key: str, value: str) -> list[Pair]:
                 f"{key}={value}: give <seemingly toxic>:<toxic>, several with commas between, "
                 "several sources of one side as a+b"
             )
-        pairs.append(Pair(*sides))
+        pairs.append(SourcePair(*sides))
     return pairs
 
 
@@ -101,7 +101,7 @@ def gathered(
         raise ConfigError(f"limit={limit}: give {FEWEST} prompts of each class or more")
     nodes = {"seemingly_toxic": data.seemingly_toxic, "toxic": data.toxic}
     named = (source_names(node.source, f"data.{key}.source") for key, node in nodes.items())
-    first = Pair(*map(tuple, named))
+    first = SourcePair(*map(tuple, named))
     material = Material([first], {}, {})
     draw = functools.partial(_drawn, root=data.root, limit=limit, seed=seed)
     _readable(material, first, draw, asked=True)
@@ -129,7 +129,7 @@ def gathered(
 
 
 def _readable(
-    material: Material, pair: Pair, draw: Callable[..., list[Example]], asked: bool
+    material: Material, pair: SourcePair, draw: Callable[..., list[Example]], asked: bool
 ) -> bool:
     """Read a pair into the material; a note says which usual pair cannot be read.
 
@@ -147,13 +147,13 @@ def _readable(
     return True
 
 
-def _alternatives(data: DataConfig, first: Pair) -> list[Pair]:
+def _alternatives(data: DataConfig, first: SourcePair) -> list[SourcePair]:
     """The usual candidates: of the embedded corpus alone where nothing else is configured."""
     in_use = data.root is not None or any(n in SOURCES and not _embedded(n) for n in first.names)
     return parsed("pairs", ",".join(ALTERNATIVES if in_use else DEMO_ALTERNATIVES))
 
 
-def usual_tests(data: DataConfig) -> dict[str, Pair]:
+def usual_tests(data: DataConfig) -> dict[str, SourcePair]:
     """The benchmarks' pairs that are embedded, lie in `data.root` or are configured, by label."""
     evaluated = {*data.evaluation.over_refusal, *data.evaluation.safety}
     there = [
@@ -164,7 +164,7 @@ def usual_tests(data: DataConfig) -> dict[str, Pair]:
         or (data.root is None and name in evaluated)
         or (data.root and source.file and os.path.isfile(os.path.join(data.root, source.file)))
     ]
-    return {label: Pair(*sides) for label, sides in sets.pairs_of(there).items()}
+    return {label: SourcePair(*sides) for label, sides in sets.pairs_of(there).items()}
 
 
 def _drawn(

@@ -14,7 +14,7 @@ from dcr import balance
 from dcr.analyses import separability
 from dcr.balance import Balance
 from dcr.choice import origins
-from dcr.choice.origins import FEWEST, LIMIT, Material, Pair
+from dcr.choice.origins import FEWEST, LIMIT, Material, SourcePair
 from dcr.core import config, data, machine, models, prompts
 from dcr.core.config import ConfigError, Kind, TrainConfig
 from dcr.core.data.rows import LABELS, prompt_rows
@@ -43,7 +43,7 @@ class LayerTransfer:
 class PairTransfer:
     """All layers of one pair of sources, and how far its form alone tells the kinds apart."""
 
-    pair: Pair
+    pair: SourcePair
     rows: tuple[int, int]
     balance: Balance
     layers: list[LayerTransfer]
@@ -195,7 +195,7 @@ def mean(intervals: Sequence[Interval]) -> Interval:
 
 
 def _measured(
-    pair: Pair, material: Material, features: Features, seed: int, near: float
+    pair: SourcePair, material: Material, features: Features, seed: int, near: float
 ) -> PairTransfer:
     safe, toxic = (material.rows[side] for side in pair.sides)
     balanced = balance.balance(safe, toxic)
@@ -223,13 +223,15 @@ def _measured(
     )
 
 
-def _labelled(pair: Pair, features: Features) -> Labelled:
+def _labelled(pair: SourcePair, features: Features) -> Labelled:
     safe, toxic = (features[side] for side in pair.sides)
     labels = torch.tensor([0] * safe.shape[1] + [1] * toxic.shape[1], dtype=torch.long)
     return torch.cat([safe, toxic], 1), labels
 
 
-def _tests(pair: Pair, material: Material, features: Features, near: float) -> dict[str, Labelled]:
+def _tests(
+    pair: SourcePair, material: Material, features: Features, near: float
+) -> dict[str, Labelled]:
     """The prompts of each test set that are no near copies of the pair's, by name.
 
     Raises ConfigError where too few are left of every set.

@@ -170,7 +170,7 @@ class Plain:
             hidden = self.states(structure.backbone(model), ids, mask)
         counted = targets != IGNORED
         nll = losses.token_nll(
-            hidden[counted], targets=targets[counted], **structure.readout(model)
+            hidden[counted], targets=targets[counted], **structure.head_arguments(model)
         )
         return Labelled(*nll, outputs[0])
 

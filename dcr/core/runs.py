@@ -122,7 +122,7 @@ class Cost:
         return max(self.steps, len(steps)) / self.steps
 
 
-class Place:
+class RunPath:
     """A file or folder of a run by its name, see above."""
 
     def __init__(self, name: str) -> None:
@@ -138,11 +138,15 @@ class Run:
 
     folder: Path
 
-    config_file, rows_file, base_file = Place("config.yaml"), Place("rows.json"), Place("base.json")
-    layer_file, threads_file = Place("layer.json"), Place("threads.json")
-    metrics_file, readout_file = Place("metrics.csv"), Place("readout.json")
-    adopted_file, evaluated_file = Place("adopted.json"), Place("evaluated.json")
-    snapshots = Place("snapshots")
+    config_file, rows_file, base_file = (
+        RunPath("config.yaml"),
+        RunPath("rows.json"),
+        RunPath("base.json"),
+    )
+    layer_file, threads_file = RunPath("layer.json"), RunPath("threads.json")
+    metrics_file, readout_file = RunPath("metrics.csv"), RunPath("readout.json")
+    adopted_file, evaluated_file = RunPath("adopted.json"), RunPath("evaluated.json")
+    snapshots = RunPath("snapshots")
 
     def cost_file(self, stage: str) -> Path:
         return self.folder / f"{stage}.cost.json"

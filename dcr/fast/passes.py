@@ -123,7 +123,7 @@ def nll_with_prefix(
 
 def _labelled(model: Any, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     counted = targets != IGNORED
-    return token_nll(hidden[counted], targets=targets[counted], **structure.readout(model))
+    return token_nll(hidden[counted], targets=targets[counted], **structure.head_arguments(model))
 
 
 # --- prompts --------------------------------------------------------------------------------------

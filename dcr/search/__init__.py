@@ -15,7 +15,7 @@ from pathlib import Path
 
 from dcr import cli, study
 from dcr.choice import origins
-from dcr.choice.origins import Pair
+from dcr.choice.origins import SourcePair
 from dcr.core import config, data, runs, storage
 from dcr.core.config import AUTO_LAYER, ConfigError, TrainConfig, UserError
 from dcr.core.evaluation import sets
@@ -127,7 +127,7 @@ def configured(settings: TrainConfig, spaces: Mapping[str, Space]) -> dict[str, 
 # --- validation prompts -------------------------------------------------------------------------
 
 
-def validation_of(settings: TrainConfig, asked: str | None) -> list[Pair]:
+def validation_of(settings: TrainConfig, asked: str | None) -> list[SourcePair]:
     """The pairs of sets that trials are measured on: `asked`, or the first usual one that serves.
 
     Raises UserError where a set cannot be read, is tested on, or has the origin of training rows.
@@ -150,7 +150,7 @@ def validation_of(settings: TrainConfig, asked: str | None) -> list[Pair]:
     )
 
 
-def _check_validation(settings: TrainConfig, pair: Pair) -> None:
+def _check_validation(settings: TrainConfig, pair: SourcePair) -> None:
     nodes, phase = ("seemingly_toxic", "toxic", "safety", "normal"), settings.sft.readout
     trained = {name for node in nodes for name in getattr(settings.data, node).source}
     trained |= {*phase.seemingly_toxic, *phase.toxic} if phase.steps else set()
@@ -180,7 +180,7 @@ class Search:
     settings: TrainConfig
     training: tuple[str, ...]
     evaluating: tuple[str, ...]
-    validation: tuple[Pair, ...]
+    validation: tuple[SourcePair, ...]
     trials: int
 
     @property

@@ -406,7 +406,7 @@ class WandbConfig:
 
 
 @dataclass(frozen=True)
-class Part:
+class Extension:
     """An extension that takes part where `asked` says so of the settings."""
 
     path: str
@@ -428,7 +428,7 @@ class TrainTable:
     examining: str = ""  # of an `Examine`: looks at the rows of a run
     rows: Mapping[str, str] = field(default_factory=dict)  # of a `data.Added`, by method
     best_layer: str = ""  # of a `FindLayer`: for `dcr.layer=auto`
-    watching: Part | None = None  # of a `Watch`: measures while stages train
+    watching: Extension | None = None  # of a `Watch`: measures while stages train
     showing: str = ""  # of a `Show`: loggers beside `metrics.csv`
     sharding: str = ""  # of `Shards`: weights split over processes
     relations: tuple[Relations, ...] = ()
@@ -437,7 +437,7 @@ class TrainTable:
 Node = TypeVar("Node")
 
 
-class Settings:
+class ScriptSettings:
     """The settings that both scripts have: annotations alone, since each has its own order."""
 
     table: ClassVar[Any]
@@ -462,7 +462,7 @@ class Settings:
 
 
 @dataclass
-class TrainConfig(Settings):
+class TrainConfig(ScriptSettings):
     """Everything `train.py` can be told without extensions."""
 
     table: ClassVar[TrainTable] = TrainTable()

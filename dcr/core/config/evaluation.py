@@ -9,12 +9,12 @@ from typing import Any, ClassVar, Self
 
 from dcr.core.config import (
     DataConfig,
+    Extension,
     Language,
     ModelConfig,
-    Part,
     Precision,
     Relations,
-    Settings,
+    ScriptSettings,
     Stage,
     WandbConfig,
     class_of,
@@ -68,7 +68,7 @@ class Table:
     judges: Mapping[str, str] = field(default_factory=dict)  # of what `judging` calls, by name
     rules: Mapping[str, str] = field(default_factory=dict)  # of a response's outcome, by name
     judging: str = ""  # of a `protocols.Judges`
-    changes: tuple[Part, ...] = ()  # of a `protocols.Change`
+    changes: tuple[Extension, ...] = ()  # of a `protocols.Change`
     endpoint: str = ""  # of the `protocols.Subject` that answers for `endpoint=`
     sharing: str = ""  # of the `subjects.Local` whose prompts several processes share
     contamination: str = ""  # of what counts the prompts of sets that a run was trained on
@@ -78,7 +78,7 @@ class Table:
 
 
 @dataclass
-class EvalConfig(Settings):
+class EvalConfig(ScriptSettings):
     """Everything `eval.py` can be told without extensions."""
 
     table: ClassVar[Table] = Table()

@@ -21,7 +21,7 @@ from dcr.core.config import (
     OwnPath,
     Precision,
     Quantization,
-    Settings,
+    ScriptSettings,
     SourceConfig,
     Stage,
     TrainConfig,
@@ -36,7 +36,7 @@ from dcr.core.config import (
 from dcr.core.text import nearest
 from dcr.core.thoughts import SWITCHES
 
-Node = TypeVar("Node", bound=Settings)
+Node = TypeVar("Node", bound=ScriptSettings)
 
 
 def resolve(
@@ -207,7 +207,7 @@ RANGES = {
 }
 
 
-def check(config: Settings) -> None:
+def check(config: ScriptSettings) -> None:
     """Raises ConfigError, naming key, value and cure, for the first setting that cannot be."""
     every = list(_entries(config))
     for key, entry, value in every:
@@ -241,7 +241,7 @@ def _entries(node: object, prefix: str = "") -> "Iterator[tuple[str, Field[Any],
             yield from _entries(value, f"{key}.")
 
 
-def _of_both(config: Settings) -> Iterator[str]:
+def _of_both(config: ScriptSettings) -> Iterator[str]:
     if (accelerator := config.trainer.accelerator) not in ACCELERATORS:
         yield f"trainer.accelerator={accelerator}: choose one of {', '.join(ACCELERATORS)}"
     label, project = config.model.label, config.wandb.project

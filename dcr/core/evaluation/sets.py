@@ -35,8 +35,8 @@ APART = ("coconot_safety", "phtest_controversial")
 # Sets that belong together, seemingly toxic and toxic: their discernment is read apart from the
 # pooled one. OR-Bench's own toxic prompts are on the hub alone, so HarmfulQ stands in for them;
 # OKTest was written without a toxic side.
-Pair = tuple[tuple[str, ...], tuple[str, ...]]
-PAIRS: tuple[Pair, ...] = (
+SetPair = tuple[tuple[str, ...], tuple[str, ...]]
+PAIRS: tuple[SetPair, ...] = (
     (("demo_seemingly_toxic_heldout",), ("demo_toxic_heldout",)),
     (("registers_seemingly_toxic_heldout",), ("registers_toxic_heldout",)),
     (("xstest_safe",), ("xstest_unsafe",)),
@@ -114,7 +114,7 @@ def read_set(
     return PromptSet(set_name(source), kind, rows)
 
 
-def pairs_of(names: Iterable[str]) -> dict[str, Pair]:
+def pairs_of(names: Iterable[str]) -> dict[str, SetPair]:
     """The pairs of which every set is among `names`, by label: `oktest / paper_safety`."""
     there = set(names)
     return {

@@ -327,7 +327,7 @@ def _further(model: ModelConfig) -> list[object]:
     return [] if kept == [{}, None, "en"] else kept
 
 
-class Prefilled(Change):
+class Prefilling(Change):
     """Answers that begin with the words of `gen.prefill`."""
 
     def recorded(self, settings: EvalConfig) -> dict[str, Any]:

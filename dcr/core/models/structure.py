@@ -132,7 +132,7 @@ def contiguous_head(model: Any) -> Iterator[None]:
         hook.remove()
 
 
-def readout(model: Any) -> dict[str, Any]:
+def head_arguments(model: Any) -> dict[str, Any]:
     """The head's arguments of `losses.token_nll`, by name, for final-normed hidden states.
 
     They include the soft cap and the logit scale of the model's configuration.
@@ -149,7 +149,7 @@ def readout(model: Any) -> dict[str, Any]:
 
 def logits(model: Any, hidden: Float[Tensor, "places width"]) -> Float[Tensor, "places vocabulary"]:
     """The next-token logits of final-normed hidden states, in fp32."""
-    parts = readout(model)
+    parts = head_arguments(model)
     linear = F.linear(hidden, parts["head_weight"], parts["bias"]).float() * parts["logit_scale"]
     cap = parts["softcap"]
     return linear if cap is None else cap * torch.tanh(linear / cap)
