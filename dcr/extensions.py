@@ -45,7 +45,7 @@ from dcr.stl_aug import AugmentConfig
 from dcr.tracking import TrackingConfig
 
 if TYPE_CHECKING:
-    from dcr.core.passes import Passes
+    from dcr.fast.passes import Fast
 
 Node = TypeVar("Node")
 
@@ -190,7 +190,7 @@ class TrainSettings(TrainConfig):
 ending.SCHEMAS |= {"train": TrainSettings, "eval": EvalSettings}
 
 
-def fast_passes() -> "Passes":
+def fast_passes() -> "Fast":
     """Those that take less time on a CPU, see `dcr.core.passes`."""
     from dcr.fast.passes import Fast  # with torch, which help and a user's error need not wait for
 

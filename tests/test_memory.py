@@ -129,7 +129,7 @@ def child(shape: dict[str, Any], block: int, settings: str, packed: bool) -> Non
             model = structure.add_lora(model, node.lora, 0, blocks=block)
         policy = Policy(model, models.byte_tokenizer(), "random")
         module = ContrastiveModule(policy, node, block, 3)
-        passes.lightened(made, model, block, whole=module.anchored)
+        passes.current().shrink_frozen(model, block, whole=module.anchored, settings=made)
         fit(module, batches, precision=LIGHTNING_PRECISION[node.precision])
 
     heads = shape["num_attention_heads"]

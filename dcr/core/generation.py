@@ -275,8 +275,8 @@ def decoded(
     Raises ConfigError for a score that is not finite.
     """
     taken = inspect.signature(unwrapped(policy.model).forward).parameters.keys()
-    with torch.inference_mode(), passes.current().decoding(policy.model):
-        contexts = [_read(policy, taken, prompts) for prompts, _ in readings]
+    with torch.inference_mode(), passes.current().decoding(policy.model) as cache:
+        contexts = [_read(policy, taken, prompts, cache) for prompts, _ in readings]
         ends = [end for _, end in readings]  # of those that are still read
         answers: list[list[int]] = [[] for _ in readings[0][0]]
         rows = list(range(len(answers)))  # those in the batch
@@ -334,11 +334,14 @@ def _may_leave(policy: Policy, contexts: Sequence[Context]) -> bool:
     return of_keys and (len(contexts) == 1 or not passes.per_row(policy.model))
 
 
-def _read(policy: Policy, taken: Collection[str], prompts: Sequence[Sequence[int]]) -> Context:
-    model, current = policy.model, passes.current()
-    keep = KEYS in taken or STATE in taken
-    cache = current.cache(model) if keep else None
-    read = current.read(model, prompts, keep=keep, cache=cache)
+def _read(
+    policy: Policy,
+    taken: Collection[str],
+    prompts: Sequence[Sequence[int]],
+    cache: Callable[[], DynamicCache | None],
+) -> Context:
+    model, keep = policy.model, KEYS in taken or STATE in taken
+    read = passes.current().read(model, prompts, keep=keep, cache=cache() if keep else None)
     ids = padded(prompts, 0, left=True).to(model.device)
     return Context(ids, read.mask.bool(), read.cache, read.logits[:, -1].float())
 

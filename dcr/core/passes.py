@@ -124,14 +124,13 @@ class Passes(Protocol):
         """
         ...
 
-    def shrinks_frozen(self, settings: TrainConfig) -> bool:
-        """Whether stage one should call `shrink_frozen` before it trains with these settings."""
-        ...
-
-    def shrink_frozen(self, model: Any, block: int, whole: bool) -> None:
+    def shrink_frozen(
+        self, model: Any, block: int, whole: bool, settings: TrainConfig | None = None
+    ) -> bool:
         """Holds the weights that are frozen beyond `block` in less memory, only for training.
 
-        They are then no result. Passes go through the `whole` model, or to the block.
+        It does so where `settings` allow it, if they are given, and says whether it has: the
+        weights are then no result. Passes go through the `whole` model, or to the block.
         """
         ...
 
@@ -148,12 +147,11 @@ class Passes(Protocol):
         """
         ...
 
-    def cache(self, model: Any) -> DynamicCache | None:
-        """An empty cache of keys and values; None for a model that brings its own kind."""
-        ...
+    def decoding(self, model: Any) -> AbstractContextManager[Callable[[], DynamicCache | None]]:
+        """A context around the decoding of a batch, with what makes its empty caches.
 
-    def decoding(self, model: Any) -> AbstractContextManager[None]:
-        """A context around the decoding of a batch, whose cache is made inside."""
+        A model that brings its own kind of cache gets None.
+        """
         ...
 
 
@@ -181,11 +179,10 @@ class Plain:
             states = self.states(structure.backbone(model), ids, mask)
         return states, partial(repeated_calls, model, calls)
 
-    def shrinks_frozen(self, settings: TrainConfig) -> bool:
+    def shrink_frozen(
+        self, model: Any, block: int, whole: bool, settings: TrainConfig | None = None
+    ) -> bool:
         return False
-
-    def shrink_frozen(self, model: Any, block: int, whole: bool) -> None:
-        pass
 
     def batches(self, model: Any, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
         return machine.by_tokens(prompts, tokens, even=recurrent(model))
@@ -198,15 +195,8 @@ class Plain:
         mask = attention_mask(prompts, left=True).long().to(device)
         return prefilled(model, ids, mask, keep, cache)
 
-    def cache(self, model: Any) -> DynamicCache | None:
-        owner: Any = unwrapped(model)
-        takes_any = getattr(owner, "_supports_default_dynamic_cache", bool)()
-        if not takes_any or "mamba" in type(owner).__name__.lower():
-            return None
-        return DynamicCache(config=text_config(model))
-
-    def decoding(self, model: Any) -> AbstractContextManager[None]:
-        return nullcontext()
+    def decoding(self, model: Any) -> AbstractContextManager[Callable[[], DynamicCache | None]]:
+        return nullcontext(partial(empty_cache, model))
 
 
 _used: list[Passes] = [Plain()]
@@ -220,14 +210,6 @@ def current() -> Passes:
 def use(passes: Passes) -> None:
     """Sets the passes of this process, and of those that it forks."""
     _used[0] = passes
-
-
-def lightened(settings: TrainConfig, model: Any, block: int, whole: bool) -> bool:
-    """Calls `shrink_frozen` if it should be with these settings, and says whether it was."""
-    light = current().shrinks_frozen(settings)
-    if light:
-        current().shrink_frozen(model, block, whole)
-    return light
 
 
 # --- hidden states -------------------------------------------------------------------------------
@@ -316,6 +298,15 @@ def repeated_calls(model: Any, calls: Calls) -> Float[Tensor, "..."]:
         output = block(*hidden, *args, **kwargs)
         hidden = (output[0] if isinstance(output, tuple) else output,)
     return hidden[0]
+
+
+def empty_cache(model: Any) -> DynamicCache | None:
+    """An empty cache of keys and values; None for a model that brings its own kind."""
+    owner: Any = unwrapped(model)
+    takes_any = getattr(owner, "_supports_default_dynamic_cache", bool)()
+    if not takes_any or "mamba" in type(owner).__name__.lower():
+        return None
+    return DynamicCache(config=text_config(model))
 
 
 def prefilled(

@@ -81,7 +81,7 @@ class PrefixLayer(DynamicLayer):
 
 def roomy_cache(model: Any) -> DynamicCache | None:
     """An empty cache; None for a model that brings its own kind."""
-    cache = passes.Plain().cache(model)
+    cache = passes.empty_cache(model)
     if cache is not None:
         transposed = passes.text_config(model)._attn_implementation == ATTENTION
         cache.layers = [

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -66,10 +67,16 @@ class Fast:
         return states, rest
 
     def shrinks_frozen(self, settings: TrainConfig) -> bool:
+        """Whether stage one holds frozen weights light with these settings."""
         return frozen.shrinks_frozen(settings) and not self.measured(settings)
 
-    def shrink_frozen(self, model: Any, block: int, whole: bool) -> None:
-        frozen.shrink_frozen(model, block, whole)
+    def shrink_frozen(
+        self, model: Any, block: int, whole: bool, settings: TrainConfig | None = None
+    ) -> bool:
+        light = settings is None or self.shrinks_frozen(settings)
+        if light:
+            frozen.shrink_frozen(model, block, whole)
+        return light
 
     def batches(self, model: Any, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
         prefix = shared_prefix(model, prompts)
@@ -81,13 +88,10 @@ class Fast:
     ) -> Prefilled:
         return prefill(model, prompts, keep, cache)
 
-    def cache(self, model: Any) -> DynamicCache | None:
-        return cache.roomy_cache(model)
-
     @contextmanager
-    def decoding(self, model: Any) -> Iterator[None]:
+    def decoding(self, model: Any) -> Iterator[Callable[[], DynamicCache | None]]:
         with cache.decoding_attention(model), fusing.prepacked(model):
-            yield
+            yield partial(cache.roomy_cache, model)
 
 
 def laid_out(

@@ -120,7 +120,9 @@ def train_contrastive(job: Job) -> None:
     batches = _batches(job, Stage.contrastive, policy, chat)
     total = batches.steps_per_epoch * settings.dcr.epochs
     module = ContrastiveModule(policy, settings.dcr, job.block, total)
-    light = passes.lightened(settings, policy.model, job.block, whole=module.anchored)
+    light = passes.current().shrink_frozen(
+        policy.model, job.block, whole=module.anchored, settings=settings
+    )
     trainer = _fit(job, Stage.contrastive, module, policy, chat, batches, total)
     trained = structure.trained(policy.model)
     if trainer.is_global_zero:
