@@ -197,26 +197,15 @@ def append(path: Path, data: bytes) -> None:
 
 def append_lines(path: Path, rows: Iterable[object]) -> None:
     """Adds records, such as dataclasses or mappings, as one JSON line each, all or none."""
-    if data := _as_lines(rows):
+    if data := as_lines(rows):
         append(path, data)
 
 
-def _as_lines(rows: Iterable[object]) -> bytes:
+def as_lines(rows: Iterable[object]) -> bytes:
+    """Records as one JSON line each."""
     plain = (asdict(r) if is_dataclass(r) and not isinstance(r, type) else r for r in rows)
     text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in plain)
     return text.encode("utf-8", "replace")  # servers can send lone surrogates
-
-
-def put_in_order(path: Path, schema: type[Any], ids: Sequence[str]) -> None:
-    """Orders a file of JSON lines by their `id` as `ids`, others behind in their old order.
-
-    Raises DataError as `read_lines` does, and UserError if the file cannot be written.
-    """
-    place = {identity: number for number, identity in enumerate(ids)}
-    stored = read_lines(path, schema)
-    ordered = sorted(stored, key=lambda row: place.get(row.id, len(place)))
-    if ordered != stored:
-        write_bytes(path, _as_lines(ordered))
 
 
 # --- reading ------------------------------------------------------------------------------------

@@ -16,10 +16,12 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
+from dcr.core import storage
 from dcr.endpoints import HTTPConfig, ServerConfig, answers
 from dcr.endpoints.answers import Failure, Message, Moderation, Rejection, Reply, judged, rejection
 from dcr.endpoints.servers import (
@@ -200,3 +202,15 @@ async def _answer(
         return answered
     start = received[:60].decode(errors="replace")
     return Failure("invalid", redacted(f"the answer is not JSON: {start!r}", server))
+
+
+def put_in_order(file: Path, schema: type[Any], ids: Sequence[str]) -> None:
+    """Orders kept rows, whichever came first, by their `id` as `ids`, others behind as they were.
+
+    Raises DataError for a damaged file, and UserError if it cannot be written.
+    """
+    place = {identity: number for number, identity in enumerate(ids)}
+    stored = storage.read_lines(file, schema)
+    ordered = sorted(stored, key=lambda row: place.get(row.id, len(place)))
+    if ordered != stored:
+        storage.write_bytes(file, storage.as_lines(ordered))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dcr.core import refusal, storage, thoughts
+from dcr.core import refusal, thoughts
 from dcr.core.config import ConfigError
 from dcr.core.config.evaluation import EvalConfig, GenConfig
 from dcr.core.evaluation import sets
@@ -100,10 +100,8 @@ class Served(Subject):
 
 
 def _put_in_order(asked: Sequence[PromptSet], folder: Path, schema: type[sets.OfPrompt]) -> None:
-    """Orders the rows of the kept files, whichever was answered first."""
     for of in asked:
-        file = folder / f"{of.name}.jsonl"
-        storage.put_in_order(file, schema, [row.id for row in of.rows])
+        calls.put_in_order(folder / f"{of.name}.jsonl", schema, [row.id for row in of.rows])
 
 
 def server_of(settings: Any) -> ServerConfig:

@@ -17,7 +17,7 @@ from dcr.core.config.evaluation import EvalConfig
 from dcr.core.evaluation.protocols import Answers, Judge, Judged, Judges, Rules
 from dcr.core.evaluation.sets import PromptSet
 from dcr.core.generation import Completion
-from dcr.endpoints import ServerConfig, servers
+from dcr.endpoints import ServerConfig, calls, servers
 from dcr.endpoints.servers import EndpointError
 from dcr.judges import GuardConfig
 from dcr.judges.verdicts import (
@@ -201,7 +201,7 @@ def judge(
         if judging.characters:  # a server, whose answers come in any order
             for set_name, rows in answers.items():
                 file = place / f"{set_name}.jsonl"
-                storage.put_in_order(file, Verdict, [answer.id for answer in rows])
+                calls.put_in_order(file, Verdict, [answer.id for answer in rows])
     asked = [by_answer[content] for content in homes if by_answer[content].asked]
     if asked and not any(verdict.settled for verdict in asked):
         raise EndpointError(
