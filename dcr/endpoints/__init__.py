@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from dcr.core.config import not_negative, positive, ranged
+from dcr.core.config import Language, not_negative, positive, ranged
 from dcr.core.config.evaluation import cut_short
 
 PRICE = "give USD per million tokens, or null"
@@ -59,6 +59,12 @@ def relations(settings: Any) -> Iterator[str]:
                 f"tasks=[{task}]: needs the model itself, which an endpoint does not give; "
                 f"leave {task} out, or name the model with model="
             )
+    language = settings.model.language
+    if "discernment" in settings.tasks and language is not Language.en:
+        yield (
+            f"model.language={language.value} tasks=[discernment]: the tokens of an endpoint are "
+            "known by English words; leave one of the two out"
+        )
     if settings.snapshots:
         yield "snapshots=true: an endpoint has none; name a run with run="
     for name, value in gen.contrast.items():

@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Self
 from dcr.core.config import (
     DataConfig,
     Extension,
-    Language,
     ModelConfig,
     Precision,
     Relations,
@@ -144,12 +143,6 @@ def _faults(config: EvalConfig) -> Iterator[str]:
         yield from cut_short(config, *judges)
     elif type(gen.max_new_tokens) is not int:
         yield f"gen.max_new_tokens={gen.max_new_tokens}: give a number of tokens, or auto"
-    language = config.model.language
-    if config.endpoint and "discernment" in config.tasks and language is not Language.en:
-        yield (
-            f"model.language={language.value} tasks=[discernment]: the tokens of an endpoint are "
-            "known by English words; leave one of the two out"
-        )
     if gen.prefill is not None:
         named = f"gen.prefill={gen.prefill!r}"
         yield from decoding_alone(config, named, "only answers are prefilled")
