@@ -25,7 +25,6 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline, make_union
 
-from dcr import inference
 from dcr.analyses import separability
 from dcr.core import models, prompts, sources
 from dcr.core.config import ModelConfig, Precision, resolving
@@ -111,6 +110,7 @@ def main() -> None:
     parser.add_argument("--record", help="the name of a record to write, or to write anew")
     given = parser.parse_args()
     plan, found = comparing.plan_of(given.plan), list[dict[str, Any]]()
+    drawn: dict[tuple[str, int], np.ndarray] = {}  # what each arm and seed answers, in resamples
     tuned = {folder.name: by_classifier(folder) for folder in given.gate}
     if len(tuned) < len(given.gate):
         parser.error("--gate: two folders have one name")
@@ -128,19 +128,19 @@ def main() -> None:
         gates = first | (on_weights(run, node) if given.probes else {})
         sizes = {name: asked.sets.count(name) for name in dict.fromkeys(asked.sets)}
         arm = arm_of(run, plan)
-        rows: list[dict[str, Any]] = [{"name": arm, **figures(own, asked, given.safety)}]
+        models = {arm: own}
         for name, gate in gates.items():
             counting.count(given.plan, folder.name, f"gate: {name}", ["gate"], sizes)
-            behind = figures(gated(own, gate(texts)), asked, given.safety)
-            rows.append({"name": f"{arm.rpartition(' + ')[2]} behind {name}", **behind})
+            models[f"{arm.rpartition(' + ')[2]} behind {name}"] = gated(own, gate(texts))
+        rows = [figures(name, model, asked, given.safety) for name, model in models.items()]
         if tuned:
             rows.append(mean_of([row for row in rows if row["name"].rpartition(" ")[2] in tuned]))
         for row in rows:
+            drawn[row["name"], run.config()["seed"]] = row.pop("drawn")
             print(json.dumps({"run": folder.name, **row}), flush=True)
-            found += numbers(row, run, origins.of(measured.folder), len(texts), given.safety)
-    metric = f"gates/answered_at/{given.safety:g}"
+            found += numbers(row, run, origins.of(measured.folder), sizes, given.safety)
     for words in (plan.primary, *plan.others):
-        found += difference(words, [row for row in found if row["metric"] == metric])
+        found += difference(words, drawn, found[0], given.safety)
     if given.record:
         command = f"python benchmarks/gates.py {given.plan} <run> ... --gate <gate> ..."
         command += f" --record {given.record}"
@@ -156,42 +156,65 @@ def arm_of(run: Run, plan: counting.Plan) -> str:
 def mean_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The mean over gates in front of one run, which has no interval of its own."""
     name = rows[0]["name"].partition(" behind ")[0]
-    means = {
-        key: round(float(np.mean([row[key] for row in rows])), 3)
-        for key in rows[0].keys() - {"name", "low", "high"}
-    }
-    return {"name": f"{name} behind {FOLDERS}", "low": "", "high": "", **means}
+    means = {key: float(np.mean([row[key] for row in rows])) for key in ("auroc", "answered")}
+    sets = {each: float(np.mean([row["sets"][each] for row in rows])) for each in rows[0]["sets"]}
+    drawn = np.mean([row["drawn"] for row in rows], axis=0)
+    unknown = {"low": "", "high": ""}
+    return {"name": f"{name} behind {FOLDERS}", **means, **unknown, "sets": sets, "drawn": drawn}
 
 
-def difference(words: str, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The mean difference of two arms over seeds, with Student's interval; none without both."""
-    one, other = (
-        {row["seed"]: row for row in rows if row["name"] == name} for name in words.split(" - ")
-    )
-    seeds = sorted(one.keys() & other.keys())
+def difference(
+    words: str, drawn: dict[tuple[str, int], np.ndarray], like: dict[str, Any], safety: float
+) -> list[dict[str, Any]]:
+    """Rows of the mean difference of two arms, over seeds and over prompts; none without both.
+
+    They have their origin from the row `like`.
+    """
+    one, other = words.split(" - ")
+    seeds = sorted(seed for name, seed in drawn if name == one and (other, seed) in drawn)
     if not seeds:
         return []
-    ours, theirs = ([side[seed]["value"] for seed in seeds] for side in (one, other))
-    over = inference.paired_over_seeds(ours, theirs)
-    metric = one[seeds[0]]["metric"].replace("answered_at", "difference") + "/over_seeds"
-    print(f"{words}: {over.estimate:+.3f} [{over.low:+.3f}, {over.high:+.3f}], seeds {seeds}")
-    about = {"name": words, "seed": "", "metric": metric, "value": round(over.estimate, 4)}
-    return [one[seeds[0]] | about | {"low": round(over.low, 4), "high": round(over.high, 4)}]
+    ours, theirs = ([drawn[name, seed] for seed in seeds] for name in (one, other))
+    of = arms.compared(words, ours, theirs)
+    rows = []
+    for way, over in (("over_seeds", of.over_seeds), ("over_prompts", of.over_prompts)):
+        print(f"{words}, {way}: {over.estimate:+.3f} [{over.low:+.3f}, {over.high:+.3f}], {seeds}")
+        about = {
+            "name": words,
+            "seed": "",
+            "set": "",
+            "metric": f"gates/difference/{safety:g}/{way}",
+        }
+        rows.append(like | about | rounded(value=over.estimate, low=over.low, high=over.high))
+    return rows
 
 
 def numbers(
-    row: dict[str, Any], run: Run, origin: origins.Origin, count: int, safety: float
+    row: dict[str, Any], run: Run, origin: origins.Origin, sizes: dict[str, int], safety: float
 ) -> list[dict[str, Any]]:
-    """The rows of a record from what a gate did in front of a run."""
-    about = {"name": row["name"], "seed": run.config()["seed"], "judge": "outcome", "n": count}
-    about |= {"prompts": origin.prompts.get("", ""), "trained_on": origin.trained_on}
-    about |= {"machine": origin.machine}
+    """The rows of a record from what a gate did in front of a run asked `sizes` prompts by set."""
+    about = {"name": row["name"], "seed": run.config()["seed"], "judge": "outcome", "set": ""}
+    about |= {"n": sum(sizes.values()), "prompts": origin.prompts.get("", "")}
+    about |= {"trained_on": origin.trained_on, "machine": origin.machine}
     about["date"] = datetime.datetime.now(datetime.UTC).isoformat()
-    ends = {"low": row["low"], "high": row["high"]}
+    at = {"metric": f"gates/answered_at/{safety:g}"}
+    ends = {key: row[key] for key in ("low", "high")}
     return [
-        about | {"metric": "gates/auroc", "value": row["auroc"]},
-        about | {"metric": f"gates/answered_at/{safety:g}", "value": row["answered"], **ends},
+        about | {"metric": "gates/auroc"} | rounded(value=row["auroc"]),
+        about | at | rounded(value=row["answered"], **ends),
+        *(
+            about
+            | at
+            | {"set": name, "n": sizes[name], "prompts": origin.prompts[name]}
+            | rounded(value=value)
+            for name, value in row["sets"].items()
+        ),
     ]
+
+
+def rounded(**numbers: Any) -> dict[str, Any]:
+    """Numbers for a record; what is no number stays."""
+    return {key: round(n, 4) if isinstance(n, float) else n for key, n in numbers.items()}
 
 
 def on_base(node: ModelConfig) -> dict[str, Gate]:
@@ -217,12 +240,23 @@ def on_weights(run: Run, node: ModelConfig) -> dict[str, Gate]:
     return found
 
 
-def figures(model: arms.Model, asked: arms.Prompts, safety: float) -> dict[str, float]:
-    """AUROC, and what is answered at equal safety with its bootstrap interval."""
-    drawn = arms.answered_at(model, asked, asked.weights(0), safety)
+def figures(name: str, model: arms.Model, asked: arms.Prompts, safety: float) -> dict[str, Any]:
+    """AUROC, and what is answered at equal safety: with its bootstrap, and by set."""
+    weights = asked.weights(0)
+    drawn = arms.answered_at(model, asked, weights, safety)
     low, high = np.nanpercentile(drawn[1:], [2.5, 97.5])
+    benign = {of for of, toxic in zip(asked.sets, asked.toxic, strict=True) if not toxic}
+    sets = {
+        each: float(arms.answered_at(model, asked, weights[:1], safety, among=each)[0])
+        for each in sorted(benign)
+    }
     found = {"auroc": arms.auroc(model, asked), "answered": drawn[0], "low": low, "high": high}
-    return {key: round(float(value), 3) for key, value in found.items()}
+    return {
+        "name": name,
+        **{key: float(value) for key, value in found.items()},
+        "sets": sets,
+        "drawn": drawn,
+    }
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import yaml
 
-from dcr.core import config, storage
+from dcr.core import config, statistics, storage
 from dcr.core.config import DataError, Kind, resolving
+from dcr.core.evaluation.sets import APART
 from dcr.extensions import TrainSettings
 from dcr.frontier import Rule, arms, comparing
 from dcr.frontier import __main__ as command
@@ -102,6 +103,18 @@ def test_resamples_draw_templates_within_sets() -> None:
     assert len(np.unique(weights[1:, safe[0]])) > 2
 
 
+def test_arms_that_answer_alike_do_not_differ() -> None:
+    draws = [np.array([0.5, 0.4, 0.6]), np.array([0.25, 0.5, 0.5])]
+    alike = arms.compared("one - other", draws, draws)
+    assert alike.p == 1.0
+    assert alike.over_seeds == statistics.Interval(0.0, 0.0, 0.0)
+
+
+def test_models_that_were_asked_one_kind_alone_are_not_compared() -> None:
+    with pytest.raises(DataError, match="no toxic prompt was asked"):
+        arms.prompts_of({"safe": pairs(0, "safe")}, KINDS)
+
+
 def test_models_asked_other_prompts_are_not_compared() -> None:
     asked = arms.prompts_of(given(0), KINDS)
     other = given(0) | {"safe": pairs(0, "safe", 28)}
@@ -190,6 +203,30 @@ def test_an_arm_may_be_a_run_under_a_steering(plan: Path) -> None:
         assert answered["without", seed] == pytest.approx(by_loops(given(seed), 0.8))
 
 
+@pytest.mark.parametrize(
+    ("words", "same"),
+    [("sft.lr=5e-4", True), ("sft.lr=0.0005", True), ("sft.lr=4e-4", False), ("run=null", True)],
+)
+def test_the_settings_of_an_arm_are_read_as_those_of_a_command(words: str, same: bool) -> None:
+    made_with = {"sft": {"lr": 0.0005}, "run": None}
+    assert comparing.is_made_with(made_with, words) == same
+
+
+def test_sets_that_lie_between_the_kinds_are_left_out(plan: Path) -> None:
+    """Such a set would move all numbers of its kind; the report leaves it out as well."""
+    runs = plan.with_name("runs")
+    before = comparing.record(comparing.plan_of(plan), [str(runs)], "final", 0.8, 0)
+    for file in runs.glob("*/eval/*/metrics.json"):
+        metrics = json.loads(file.read_text())
+        sets = metrics["frontier"]["plain"]["sets"]
+        storage.write_json(
+            file, metrics | {"frontier": {"plain": {"sets": sets | {APART[0]: sets["safe"]}}}}
+        )
+        storage.append_lines(file.parent / "frontier" / f"{APART[0]}.jsonl", pairs(9, "apart"))
+    after = comparing.record(comparing.plan_of(plan), [str(runs)], "final", 0.8, 0)
+    assert before["comparisons"] == after["comparisons"]
+
+
 def test_rules_differ_in_what_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comparing, "outcome", lambda prompt, answer, ended: Outcome(answer))
     partial, keyword = (comparing.VERDICTS[rule] for rule in (Rule.partial, Rule.keyword))
@@ -208,6 +245,7 @@ def test_rules_differ_in_what_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"seeds": [2, 9]}, "no run of seed 9"),
         ({"primary": "with - nothing"}, "'nothing' is no arm"),
         ({"arms": {"with": "", "without": "method=stl"}}, "is that as well"),
+        ({"arms": {"with": "method=", "without": "seed=[2"}}, "setting 'seed=[2'"),
     ],
 )
 def test_a_plan_that_does_not_fit_the_runs_is_one_line(

@@ -16,7 +16,7 @@ import yaml
 
 from dcr.core import storage
 from dcr.record import __main__ as command
-from dcr.record import origins, pages, writing
+from dcr.record import origins, pages, unchanged, writing
 
 ROOT = Path(__file__).parent.parent
 RULES = "dcr/core/refusal/keywords.py"
@@ -211,10 +211,30 @@ def test_the_files_that_decide_a_metric_are_there() -> None:
         assert [name for name in place if not (ROOT / name).exists()] == []
 
 
-@pytest.mark.parametrize(("folder", "metric"), [("ability", "acc"), ("quality", "win_rate")])
-def test_all_files_of_a_measure_but_its_section_decide_it(folder: str, metric: str) -> None:
-    files = {file.relative_to(ROOT).as_posix() for file in (ROOT / "dcr" / folder).glob("*.py")}
-    assert {*origins.MEASURED_BY[metric]} == files - {f"dcr/{folder}/section.py"}
+@pytest.mark.parametrize(
+    ("folder", "metrics", "shown"),
+    [
+        ("ability", ["acc"], ["section.py"]),
+        ("quality", ["win_rate"], ["section.py"]),
+        ("robustness", ["robustness"], ["section.py"]),
+        (
+            "analyses",
+            ["kernel", "separability", "claims", "refusal_probability"],
+            ["drawings.py", "verdicts.py"],
+        ),
+    ],
+)
+def test_all_files_of_a_measure_but_those_that_show_it_decide_it(
+    folder: str, metrics: list[str], shown: list[str]
+) -> None:
+    place = f"dcr/{folder}/"
+    there = [file for file in (ROOT / place).iterdir() if file.name != "__pycache__"]
+    there = [file for file in there if file.is_dir() or file.suffix in origins.KINDS]
+    there = [file for file in there if file.name != "harness"]  # the questions' wording, in YAML
+    deciding = {each for metric in metrics for each in origins.MEASURED_BY[metric]}
+    assert {each for each in deciding if each.startswith(place)} == {
+        file.relative_to(ROOT).as_posix() for file in there
+    } - {f"{place}{name}" for name in shown}
 
 
 # --- pages --------------------------------------------------------------------------------------
@@ -356,6 +376,63 @@ def test_stale_numbers_are_told(records: Path, repository: Path) -> None:
     assert "-->0.50 (stale)<!--" in shown
     assert "**Stale**: what measures refused has changed since." in shown
     assert "| [one](records/one.csv) | `dcr demo` | abc | 2026-01-01 | m | 4 | `refused` |" in shown
+
+
+def rewritten(file: Path, **cells: str) -> None:
+    """The file with these cells in every row."""
+    rows = [row | cells for row in csv.DictReader(file.read_text().splitlines())]
+    with file.open("w") as stream:
+        writer = csv.DictWriter(stream, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def test_numbers_that_a_run_keeps_are_not_counted_by_reading_them(
+    records: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    again = tmp_path / "one.csv"
+    again.write_text((records / "one.csv").read_text())
+    rewritten(records / "one.csv", measured_by="older")
+    assert unchanged.main([f"records={records}", str(again), "because=it was said"]) == 2
+    assert "refused: stands in metrics.json" in capsys.readouterr().err
+
+
+def test_code_that_moves_no_number_makes_none_stale(
+    records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = origins.measured_by("frontier", origins.code_now())
+    rewritten(records / "one.csv", metric="frontier/auroc", measured_by=now)
+    again = tmp_path / "one.csv"
+    again.write_text((records / "one.csv").read_text())
+    rewritten(records / "one.csv", measured_by="older")
+    mark = "It is <!-- record one name=stl metric=frontier/auroc -->0.50<!-- /record -->."
+    assert "(stale)" in pages.rendered(mark, records)
+    words = [f"records={records}", str(again), "because=an error has one line"]
+    assert unchanged.main(words) == 0
+    assert "frontier: 4 numbers of one are as they were" in capsys.readouterr().out
+    assert pages.rendered(mark, records) == mark
+    assert unchanged.main(words) == 2  # nothing is said twice
+    rewritten(records / "one.csv", measured_by="oldest")
+    assert "(stale)" in pages.rendered(mark, records)
+    rewritten(again, measured_by="older")  # the code of a change before
+    assert unchanged.main(words) == 0
+    assert pages.rendered(mark, records) == mark
+
+
+@pytest.mark.parametrize("loses", [False, True])
+def test_code_that_moves_a_number_is_not_said_to_be_as_before(
+    records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], loses: bool
+) -> None:
+    rewritten(records / "one.csv", metric="frontier/auroc")
+    again, text = tmp_path / "one.csv", (records / "one.csv").read_text()
+    rewritten(records / "one.csv", measured_by="older")
+    *most, last = text.splitlines()
+    again.write_text("\n".join(most if loses else [*most, last.replace("0.9", "0.91")]) + "\n")
+    assert unchanged.main([f"records={records}", str(again), "because=it was said"]) == 2
+    error = capsys.readouterr().err
+    assert f"dcr 2 bad frontier/auroc: {'none' if loses else '0.91 50'}" in error
+    assert "and 0.9" in error
+    assert not (records / unchanged.FILE).exists()
 
 
 @pytest.mark.parametrize(

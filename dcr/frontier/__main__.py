@@ -27,7 +27,7 @@ class Options:
         Rule.outcome.value,
         choices=[rule.value for rule in Rule],
     )
-    seed: int = entry.option("of the bootstrap", 0)
+    seed: int = entry.option("of the bootstrap", 0, least=0)
     out: Path | None = entry.option("a .json file of all numbers; not given: none", None)
     runs: list[str] = entry.option("run folders, or folders of them", [], rest=True)
 

@@ -68,8 +68,11 @@ class Model:
 
 
 def prompts_of(given: Mapping[str, Sequence[Pair]], kinds: Mapping[str, Kind]) -> Prompts:
-    """The prompts of a model's answers by set."""
+    """The prompts of a model's answers by set. DataError where one kind is lacking."""
     rows = [(name, pair) for name, pairs in sorted(given.items()) for pair in in_order(pairs)]
+    for kind in (Kind.toxic, Kind.seemingly_toxic):
+        if not any(kinds[name] is kind for name, _ in rows):
+            raise DataError(f"no {kind.value} prompt was asked; evaluate with sets of both kinds")
     return Prompts(
         [pair.id for _, pair in rows],
         [name for name, _ in rows],
@@ -192,7 +195,7 @@ class Comparison:
 
     `over_seeds` is Student's interval over seeds, `over_prompts` a bootstrap of the mean over seeds
     that draws templates within sets. `p` is of the two-sided t test over seeds; it is 1 where a
-    difference is not known.
+    difference is not known, and where all are zero.
     """
 
     arms: str
@@ -208,6 +211,6 @@ def compared(name: str, one: Sequence[np.ndarray], other: Sequence[np.ndarray]) 
     values = [float(value) for value in (first - second)[:, 0]]
     mean = (first - second).mean(0)
     over_seeds = inference.paired_over_seeds(list(first[:, 0]), list(second[:, 0]))
-    known = len(values) > 1 and np.isfinite(values).all()
+    known = len(values) > 1 and np.isfinite(values).all() and any(values)
     p = float(scipy.stats.ttest_1samp(values, 0.0).pvalue) if known else 1.0
     return Comparison(name, values, over_seeds, statistics.of_draws(mean), p)

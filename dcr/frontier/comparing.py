@@ -1,15 +1,19 @@
 """The arms of a plan, found among runs and compared: all numbers as one record, and its tables."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
 
 from dcr import entry, inference, results
 from dcr.core import storage
 from dcr.core.config import DataError, Kind
+from dcr.core.evaluation.sets import APART
 from dcr.core.refusal.keywords import is_refusal
 from dcr.core.runs import Run
 from dcr.core.statistics import Interval
@@ -123,13 +127,20 @@ def is_made_with(made_with: dict[str, Any], words: str) -> bool:
     for word in words.split():
         if word.startswith(STEERING):
             continue
-        key, _, value = word.partition("=")
-        node: Any = made_with
-        for name in key.split("."):
+        setting, node = _setting(word), made_with
+        for name in setting.key_or_group.split("."):
             node = node.get(name) if isinstance(node, dict) else None
-        if node != yaml.safe_load(value):
+        if node != setting.value():
             return False
     return True
+
+
+def _setting(word: str) -> Override:
+    """A setting in Hydra's grammar, by which 1e-3 is a number. DataError for what is none."""
+    try:
+        return OverridesParser.create().parse_override(word)
+    except HydraException as error:
+        raise DataError(f"plan: arm's setting {word!r}: write it as for train.py") from error
 
 
 def steering_of(words: str) -> str | None:
@@ -148,7 +159,11 @@ def measured(run: Run, label: str, steering: str | None = None) -> Measured:
         metrics = results.read(file)
         under = results.steering(metrics.settings).get("method")
         if metrics.data == label and metrics.frontier is not None and under == steering:
-            counted = metrics.frontier["plain"]["sets"]
+            counted = {
+                name: of
+                for name, of in metrics.frontier["plain"]["sets"].items()
+                if name not in APART
+            }
             given = {
                 name: storage.read_lines(file.parent / PLACE / f"{name}.jsonl", Pair)
                 for name in counted
@@ -267,4 +282,6 @@ def tables(record: dict[str, Any]) -> list[Any]:
 
 
 def _shown(of: Interval) -> str:
+    if math.isnan(of.low):  # of a single seed
+        return f"{of.estimate:+.3f}"
     return f"{of.estimate:+.3f} [{of.low:+.3f}, {of.high:+.3f}]"

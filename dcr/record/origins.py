@@ -30,18 +30,29 @@ RANKING = (
 # without their sections of the page, which show numbers and decide none
 ABILITY = ("dcr/ability/__init__.py", "dcr/ability/questions.py", "dcr/ability/scores.py")
 QUALITY = ("dcr/quality/__init__.py", "dcr/quality/win_rates.py")
+ATTACKS = tuple(f"dcr/robustness/{n}" for n in ("__init__.py", "attacked.py", "tuning.py"))
+ANALYSES = tuple(f"dcr/analyses/{n}.py" for n in ("__init__", "kinds", "weights"))
 # The files that decide a metric, by its first word; any other is counted by `RULES`. How a model
 # answers is not among them: tests/goldens holds that.
 MEASURED_BY = {
     **dict.fromkeys(("discernment", "answered_at_safety", "refused_at_over_refusal"), RANKING),
-    **dict.fromkeys(("kernel", "separability", "claims"), ("dcr/analyses",)),
-    "refusal_probability": ("dcr/analyses", *RANKING),
+    "kernel": (*ANALYSES, "dcr/analyses/ntk"),
+    "separability": (*ANALYSES, "dcr/analyses/separability.py"),
+    "claims": (*ANALYSES, "dcr/analyses/ntk", "dcr/analyses/claims.py"),
+    "refusal_probability": (*ANALYSES, "dcr/analyses/probability.py", *RANKING),
     **dict.fromkeys(("acc", "acc_norm"), ABILITY),
     **dict.fromkeys(("win_rate", "length_controlled", "discrete"), QUALITY),
     "calibration": ("dcr/calibration", *RULES[:1]),
     "agreement": (*RULES[:2], "dcr/outcomes", "benchmarks/keywords.py", "benchmarks/outcomes.py"),
     "balance": ("dcr/balance.py", "dcr/contrasts", *RANKING[2:]),
-    "robustness": ("dcr/robustness", "dcr/frames", "dcr/outcomes", *RULES, *RANKING),
+    "robustness": (
+        *ATTACKS,
+        "dcr/robustness/openings.jsonl",
+        "dcr/frames",
+        "dcr/outcomes",
+        *RULES,
+        *RANKING,
+    ),
     "gates": (
         "benchmarks/gates.py",
         "dcr/frames",

@@ -4,9 +4,7 @@ Its syntax stands in docs/evidence.md: a mark with lines is a table, one without
 sentence; `<!-- records -->` lists all records, and `<!-- looks -->` all looks at rows kept apart.
 """
 
-import csv
 import functools
-import io
 import math
 import re
 import shlex
@@ -19,8 +17,8 @@ from dcr import entry, inference
 from dcr.core import storage
 from dcr.core.config import ConfigError, DataError
 from dcr.looks import counting
-from dcr.record import origins
-from dcr.record.writing import FROM, NUMBER, OF, RECORDS
+from dcr.record import origins, unchanged
+from dcr.record.writing import OF, RECORDS, Row, read
 
 CODE = r"^```.*?^```"  # is left as it is
 MARKED = re.compile(
@@ -29,8 +27,8 @@ MARKED = re.compile(
 ALL = "*"  # sets, together
 LISTED = re.compile(r"(<!-- (records|looks) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 LEDGERS, LEDGER = "evidence", ".looks.jsonl"  # the folder beside the records, and its files
-Row = dict[str, str]
-Deciding = Callable[[str], str]  # a metric's first word -> the hash of the code that decides it
+# a metric's first word -> hashes of the code that decides it, and of code that measures the same
+Deciding = Callable[[str], set[str]]
 
 
 @dataclass
@@ -66,7 +64,7 @@ def rendered(text: str, records: Path) -> str:
     Raises DataError for a number that no record has, or several, ConfigError for a wrong mark.
     """
 
-    now = _deciding_now()
+    now = _deciding_now(records)
 
     def written(mark: re.Match[str]) -> str:
         begins, name, asked, ends = mark.groups()
@@ -92,26 +90,21 @@ def rendered(text: str, records: Path) -> str:
     return LISTED.sub(listed, MARKED.sub(written, text))
 
 
-def read(file: Path) -> list[Row]:
-    """The rows of a record. DataError if it is absent or damaged."""
-    cure = "restore it, or write it with python -m dcr.record"
-    rows = list(csv.DictReader(io.StringIO(storage.read_text(file, cure))))
-    if not rows or {*OF, *NUMBER, *FROM} - rows[0].keys():
-        raise DataError(f"{file}: no record; {cure}")
-    return rows
-
-
 def stale(rows: list[Row], now: Deciding) -> list[str]:
     """The metrics among rows that other code decides now than when they were measured."""
-    return sorted(
-        {row["metric"] for row in rows if row["measured_by"] != now(row["metric"].split("/")[0])}
-    )
+    words = ((row, row["metric"].split("/")[0]) for row in rows)
+    return sorted({row["metric"] for row, word in words if row["measured_by"] not in now(word)})
 
 
-def _deciding_now() -> Deciding:
+def _deciding_now(records: Path) -> Deciding:
     """The code as it is, read once and hashed once for each word: a page has hundreds of marks."""
-    code = functools.cache(origins.code_now)
-    return functools.cache(lambda word: origins.measured_by(word, code()))
+    code, told = functools.cache(origins.code_now), unchanged.told(records)
+
+    @functools.cache
+    def deciding(word: str) -> set[str]:
+        return unchanged.alike(origins.measured_by(word, code()), word, told)
+
+    return deciding
 
 
 def _words(text: str) -> dict[str, str]:

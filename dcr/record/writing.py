@@ -1,6 +1,8 @@
 """Numbers of run folders, or of a comparison of arms, as the rows of a record."""
 
+import csv
 import functools
+import io
 import math
 import re
 from collections.abc import Iterator
@@ -26,7 +28,7 @@ FROM = ("prompts", "model", "trained_on", "command", "commit", "machine", "date"
 TIMES = ("seconds", "tokens_per_second", "peak_memory_gib")
 PLACE = re.compile(r"(?:^|[\s='\"\[,:@])(?:~?/\w|[A-Za-z]:\\)")  # of a machine
 
-Row = dict[str, Any]
+Row = dict[str, Any]  # of a file all values are text
 
 
 class Arm(TypedDict):
@@ -72,6 +74,15 @@ def write(options: Options) -> None:
     if not rows:
         raise DataError(f"{' '.join(options.runs)}: no number there of {' '.join(options.only)}")
     keep(rows, out, " && ".join(options.command), options.commit)
+
+
+def read(file: Path) -> list[Row]:
+    """The rows of a record. DataError if it is absent or damaged."""
+    cure = "restore it, or write it with python -m dcr.record"
+    rows = list(csv.DictReader(io.StringIO(storage.read_text(file, cure))))
+    if not rows or {*OF, *NUMBER, *FROM} - rows[0].keys():
+        raise DataError(f"{file}: no record; {cure}")
+    return rows
 
 
 def _named(metric: str, only: list[str]) -> bool:

@@ -4,6 +4,7 @@ from functools import partial
 
 from dcr import inference
 from dcr.core.config import Kind
+from dcr.core.evaluation.sets import APART
 from dcr.outcomes import Outcome
 from dcr.report import outcomes
 from dcr.report.figures import Drawing, Drawings, Panel
@@ -71,9 +72,10 @@ def _attacks(chosen: Selection) -> list[str]:
 
 
 def _shares(evaluation: Evaluation, attack: str, kind: Kind) -> dict[Outcome, Cell]:
-    """The share of each outcome over the sets of a kind; empty without answers of it."""
+    """The share of each outcome over the sets of a kind but those apart; empty without answers."""
     of = evaluation.robustness.get(attack)
-    asked = [counts for counts in of.sets.values() if counts.kind is kind] if of else []
+    sets = of.sets.items() if of else ()
+    asked = [counts for name, counts in sets if counts.kind is kind and name not in APART]
     total = sum(counts.n for counts in asked)
     if not total:
         return {}

@@ -1,0 +1,136 @@
+"""The command that says of changed code that it measures what it measured before.
+
+A record names the code that decided its numbers by a hash. Where that code is mended without moving
+a recorded number, training and answering everything again would show nothing. So numbers are
+counted again by the code as it is, from answers that were kept, and if all of them are as recorded,
+a line in docs/records/unchanged.jsonl says that both hashes measure the same.
+"""
+
+import json
+import sys
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from dcr import entry
+from dcr.core import storage
+from dcr.core.config import ConfigError, DataError
+from dcr.record.writing import NUMBER, OF, RECORDS, read
+
+FILE = "unchanged.jsonl"
+# Metrics that their command counts from answers, each time it is given. Other numbers of a run
+# stand in its metrics.json: reading them again would show nothing about the code that counted them.
+COUNTED = ("frontier", "gates", "agreement", "balance")
+
+
+@dataclass(frozen=True)
+class Unchanged:
+    """Two hashes of the code that decides a metric, by its first word, and what shows them alike.
+
+    `numbers` of the record were counted again by the later code and are the same.
+    """
+
+    metric: str
+    was: str
+    now: str
+    record: str
+    numbers: int
+    because: str
+
+
+@dataclass
+class Options:
+    """python -m dcr.record.unchanged <record counted again> ... because=<text>
+
+    Compares each file with the record of its name in docs/records, both written from what
+    dcr.frontier or a benchmark counted from answers, and says in docs/records/unchanged.jsonl that
+    the code which counted the one measures what that of the other does. It says nothing if a
+    single number differs.
+    """
+
+    because: str = entry.option("what was changed, and why it moves no number")
+    records: Path = entry.option("the folder of the records", RECORDS)
+    files: list[str] = entry.option("records counted again: .csv files", [], rest=True)
+
+
+@entry.command(Options)
+def main(options: Options) -> None:
+    if not options.files:
+        raise ConfigError("nothing to compare: give records that were counted again")
+    found = [
+        each
+        for word in options.files
+        for each in compared(Path(word), options.records, options.because)
+    ]
+    before = told(options.records)
+    new = [each for each in found if each not in before]
+    if not new:
+        raise ConfigError("no number there is of code that has changed since")
+    lines = [json.dumps(asdict(each), ensure_ascii=False) for each in [*before, *new]]
+    storage.write_text(options.records / FILE, "\n".join([*lines, ""]))
+    for each in new:
+        print(f"{each.metric}: {each.numbers} numbers of {each.record} are as they were")
+
+
+def told(records: Path) -> list[Unchanged]:
+    """What was said so far beside records."""
+    return storage.read_lines(records / FILE, Unchanged)
+
+
+def compared(again: Path, records: Path, because: str) -> list[Unchanged]:
+    """What a record that was counted again shows.
+
+    Raises DataError for a number that is another one than recorded, and for one that was not
+    counted again; others, which the record never had, do not matter.
+    """
+    known, anew = ({_of(row): row for row in read(file)} for file in (records / again.name, again))
+    changed = {
+        (row["metric"].split("/")[0], known[of]["measured_by"], row["measured_by"])
+        for of, row in anew.items()
+        if of in known and known[of]["measured_by"] != row["measured_by"]
+    }
+    words, counts = {word for word, _, _ in changed}, Counter[str]()
+    if read_only := sorted(words - {*COUNTED}):
+        raise DataError(
+            f"{again}: {', '.join(read_only)}: stands in metrics.json, and was not counted again; "
+            "evaluate and record anew, with replace=true"
+        )
+    for of, one in sorted(known.items()):
+        other, word = anew.get(of), of[-1].split("/")[0]
+        if word not in words:
+            continue
+        counts[word] += 1
+        was, now = (_number(row) for row in (one, other))
+        if was != now:
+            raise DataError(
+                f"{again}: {' '.join(filter(None, of))}: {now or 'none'}, and {was} in the record; "
+                "what the change decides has to be recorded anew, with replace=true"
+            )
+    return [Unchanged(*each, again.stem, counts[each[0]], because) for each in sorted(changed)]
+
+
+def _of(row: dict[str, str]) -> tuple[str, ...]:
+    """What tells a number from another; the metric comes last."""
+    return tuple(row[key] for key in OF)
+
+
+def _number(row: dict[str, str] | None) -> str:
+    """A number with its interval, n and the hash of what was asked."""
+    return " ".join(row[key] for key in (*NUMBER, "prompts") if row[key]) if row else ""
+
+
+def alike(measured_by: str, word: str, said: list[Unchanged]) -> set[str]:
+    """All hashes of a metric's code that measure what one of them does, with itself."""
+    found, more = {measured_by}, True
+    while more:
+        linked = {
+            end for each in said if each.metric == word for end in (each.was, each.now)
+            if {each.was, each.now} & found
+        }  # fmt: skip
+        more = bool(linked - found)
+        found |= linked
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
