@@ -109,9 +109,21 @@ def states(
 ) -> Float[Tensor, "blocks batch places width"]:
     """The hidden states at `places` (indices into the padded rows) of blocks 1 to `until`.
 
-    `until` None reads all blocks. One forward pass without gradient ends at block `until` and
-    computes no logits. The states are fp32 on the device of the ids.
+    `until` None reads all blocks. One forward pass without gradient, or one for each group that
+    `passes.together` gives, ends at block `until` and computes no logits. The states are fp32 on
+    the device of the ids.
     """
+    groups = passes.together(model, mask.sum(1).tolist())
+    if len(groups) > 1:
+        parts = []
+        for group in groups:
+            own = mask[group[0]].bool()
+            inside = places[group] - int(own.long().argmax())
+            parts.append(
+                states(model, ids[group][:, own], mask[group][:, own], inside, site, until)
+            )
+        order = torch.tensor([place for group in groups for place in group])
+        return torch.cat(parts, 1)[:, order.argsort()]
     last = until or len(structure.decoder_blocks(model))
     by_block: list[Tensor] = []
     rows = torch.arange(len(ids))[:, None]

@@ -15,6 +15,7 @@ from transformers import (
     Lfm2Config,
     MambaConfig,
     OpenAIGPTConfig,
+    RwkvConfig,
 )
 from transformers.cache_utils import DynamicLayer
 
@@ -31,6 +32,8 @@ from dcr.endpoints.answers import Failure, Reply
 from dcr.fast import cache
 from dcr.fast import passes as fast
 from dcr.steering.edits import Edit, edited
+from dcr.steering.surgical import last_log_p
+from dcr.steering.vectors import read_states
 from tests import shapes
 from tests.shapes import greedy, next_logits
 
@@ -294,6 +297,38 @@ def test_models_of_any_memory_decode_as_transformers_does(
     assert found == [row[:end] for row, end in zip(truth, ends, strict=True)]
     known = min(ends[0], 3)
     torch.testing.assert_close(best[0, :known], logits[0, :known].amax(1))
+
+
+def test_a_state_absorbs_no_padding(policy: Policy) -> None:
+    """No mask reaches the states of RWKV, so that padding would be read as a part of the prompt."""
+    torch.manual_seed(1)
+    shape: Any = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2}
+    model: Any = AutoModelForCausalLM.from_config(RwkvConfig(**shape)).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.3 * torch.randn_like(weight))
+    rows = Policy(model, policy.tokenizer, "tiny")
+    given = [[7, 8, 9, 3, 2, 5], [4, 6], [9, 9, 9, 4, 3, 7], [5]]
+
+    def answered(prompts_given: list[list[int]]) -> tuple[list[list[int]], Tensor]:
+        return generation.decoded(
+            rows,
+            [(prompts_given, math.inf)],
+            5,
+            logits=lambda contexts: contexts[0].logits,
+            score=lambda scores: scores.max(1).values,
+            is_over=lambda answer: False,
+        )
+
+    found, best = answered(given)
+    states = read_states(model, given, [[-1]] * 4)
+    log_p = last_log_p(model, given)
+    for place, ids in enumerate(given):
+        alone, score = answered([ids])
+        assert found[place] == alone[0]
+        torch.testing.assert_close(best[place], score[0])
+        torch.testing.assert_close(states[:, place], read_states(model, [ids], [[-1]])[:, 0])
+        torch.testing.assert_close(log_p[place], last_log_p(model, [ids])[0])
 
 
 @pytest.mark.parametrize("across", [False, True])

@@ -14,6 +14,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM, MambaConfig
 
 from dcr.activations import Site
 from dcr.core import passes
@@ -408,7 +409,10 @@ def test_strength_zero_and_none_edit_nothing(deep: Policy, data: DataConfig) -> 
         assert torch.equal(steered, answered(deep, chat_of(deep), ["Bake"])[1])
 
 
-def test_what_a_completion_depends_on(data: DataConfig) -> None:
+def test_what_a_completion_depends_on(tmp_path: Path, data: DataConfig) -> None:
+    write(tmp_path / "advbench/advbench.jsonl", invented("Ravage", 5))
+    write(tmp_path / "scans_vectors/truthfulqa_questions.jsonl", invented("Who saw", 5))
+    data.root = str(tmp_path)
     base = steering.identity(data, settings(), 0)
     json.dumps(base)
     others = [
@@ -425,7 +429,8 @@ def test_what_a_completion_depends_on(data: DataConfig) -> None:
     assert len({json.dumps(entry, sort_keys=True) for entry in found}) == len(found)
     assert base == steering.identity(data, settings(), 0)
     surgical = [
-        replace(settings("surgical"), surgical=SurgicalConfig(add=add, ablate=0.5))
+        replace(told, surgical=replace(told.surgical, add=add))
+        for told in [settings("surgical")]
         for add in (0.1, 0.2)
     ]
     one, two = (steering.identity(data, told, 0) for told in surgical)
@@ -433,6 +438,8 @@ def test_what_a_completion_depends_on(data: DataConfig) -> None:
     # another method's settings play no part
     unused = replace(settings(), surgical=SurgicalConfig(train=99, add=1.0, ablate=1.0))
     assert steering.identity(data, unused, 0) == base
+    write(tmp_path / "h.jsonl", invented("Maim", 12))  # the same file with other prompts
+    assert steering.identity(data, settings(), 0) != base
 
 
 @pytest.mark.parametrize("method", ["scans", "ablation"])
@@ -465,6 +472,18 @@ def test_vectors_are_kept_for_other_strengths(
         deep.model.model.layers[3].mlp.up_proj.weight[-1, -1] += 1  # other weights
     steering.steer(deep, chat, data, told, 0, folder)
     assert len(list(folder.iterdir())) == 3
+
+
+@pytest.mark.parametrize("length", [6, 1])
+def test_a_model_that_keeps_a_state_is_planned_for_once_a_prompt(length: int) -> None:
+    shape: Any = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}
+    model: Any = AutoModelForCausalLM.from_config(MambaConfig(**shape)).eval()
+    ids = torch.randint(2, 40, (2, length))
+    planned: list[Any] = []
+    with editing.edited(model, lambda given, _: planned.append(given) or ()):
+        generated(model, ids, torch.ones_like(ids), 4)
+        passes.prefilled(model, ids, torch.ones_like(ids), True, None)
+    assert [given.tolist() for given in planned] == [ids.tolist()] * 2
 
 
 @pytest.mark.parametrize("damage", ["short", "flipped", "text", "nan"])

@@ -274,6 +274,16 @@ def decoded(
 
     Raises ConfigError for a score that is not finite.
     """
+    lengths = list(zip(*(map(len, prompts) for prompts, _ in readings), strict=True))
+    groups = passes.together(policy.model, lengths)
+    if len(groups) > 1:
+        found: dict[int, tuple[list[int], Tensor]] = {}
+        for group in groups:
+            parts = [([prompts[place] for place in group], end) for prompts, end in readings]
+            of_one = decoded(policy, parts, most, logits, score, is_over, streamer, scored)
+            found |= dict(zip(group, zip(*of_one, strict=True), strict=True))
+        rows = [found[place] for place in range(len(lengths))]
+        return [answer for answer, _ in rows], torch.stack([values for _, values in rows])
     taken = inspect.signature(unwrapped(policy.model).forward).parameters.keys()
     with torch.inference_mode(), passes.current().decoding(policy.model) as cache:
         contexts = [_read(policy, taken, prompts, cache) for prompts, _ in readings]

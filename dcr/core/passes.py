@@ -6,7 +6,8 @@ may hand in other `Passes` (`use`) that give the same up to rounding and take le
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +29,8 @@ MASKABLE = {"sdpa", "eager"}  # attention that adds any mask
 WINDOWED = {"sliding_attention", "chunked_attention"}
 WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
 CACHES = ("past_key_values", "cache_params")
+# by one of these functions a model's code keeps padding out of its states
+MASKING = {"apply_mask_to_padding_states", "create_recurrent_attention_mask"}
 
 
 def padded(
@@ -361,6 +364,26 @@ def recurrent(model: Any) -> bool:
     stateful = getattr(unwrapped(model), "_is_stateful", False)
     keyless = CACHES[0] not in _parameters(model)
     return stateful or bool(kinds - WINDOWED - {"full_attention"}) or keyless
+
+
+def together(model: Any, lengths: Sequence[Hashable]) -> list[list[int]]:
+    """Groups of places of rows that one pass may pad on the left: all, or those of one length.
+
+    Rows of one length need no padding, which the states of models without a mask absorb, as RWKV.
+    """
+    masks = MASKING & vars(sys.modules[type(unwrapped(model)).__module__]).keys()
+    if masks or not recurrent(model):
+        return [[*range(len(lengths))]]
+    return [[i for i, own in enumerate(lengths) if own == each] for each in dict.fromkeys(lengths)]
+
+
+def filled(arguments: Mapping[str, Any]) -> bool:
+    """Whether a pass with these arguments goes on behind a cache of keys and values, or a state."""
+    keys, state = map(arguments.get, CACHES)
+    if keys is not None:
+        return int(keys.get_seq_length()) > 0
+    # transformers' `generate` begins with an empty one
+    return state is not None and getattr(state, "has_previous_state", lambda: True)()
 
 
 def text_config(model: Any) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from dcr.activations import Site, hook
+from dcr.core import passes
 from dcr.core.config import ConfigError
 from dcr.core.models import structure
 from dcr.core.passes import per_row
@@ -53,7 +54,7 @@ Plan = Callable[[Tensor, Tensor | None], Edits]
 def edited(model: Any, edits: Edits | Plan) -> Iterator[None]:
     """While open, every forward pass of the model is edited, in the order of `edits`.
 
-    A Plan is called at each prefill (a pass without a cache, or with an empty one) with that
+    A Plan is called at each prefill (a pass without cache or state, or an empty one) with that
     batch's ids and mask. The passes it makes itself are not edited by it and hold no gradient; its
     edits then also hold for the passes behind the batch's cache. Contexts can be nested, but none
     with a Plan inside one that depends on the row. All hooks are gone on leaving, also by an
@@ -93,13 +94,13 @@ class _Session:
     def __call__(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.planning:
             return
-        cache = kwargs.get("past_key_values")
-        self.prefill = cache is None or int(cache.get_seq_length()) == 0
+        self.prefill = not passes.filled(kwargs)
         if self.prefill and self.plan is not None:
             ids: Any = args[0] if args else kwargs.get("input_ids")
             mask = kwargs.get("attention_mask")
             # transformers' `generate` hands on no mask where nothing is padded
-            if mask is None and cache is not None and ids is not None:
+            cached = any(kwargs.get(name) is not None for name in passes.CACHES)
+            if mask is None and cached and ids is not None:
                 mask = torch.ones_like(ids)
             self.install(self._planned(self.plan, ids, mask))
 

@@ -24,7 +24,7 @@ from dcr.core.prompts import ChatFormat, chat_format
 from dcr.core.runs import Run
 from dcr.steering import SteeringConfig, probe, scans, surgical, vectors
 from dcr.steering.edits import Edits, Plan, edited
-from dcr.steering.prompts import RELEASED, Extraction, extraction
+from dcr.steering.prompts import Extraction, extraction
 from dcr.steering.vectors import Info, Vectors
 
 RECORD = "steering.json"  # beside the answers: the prompts and settings of the edits
@@ -107,19 +107,14 @@ def is_active(settings: SteeringConfig) -> bool:
 def identity(data: DataConfig, settings: SteeringConfig, seed: int) -> dict[str, Any]:
     """Everything that an edited completion depends on besides model and prompt; {} without edits.
 
-    It enters the fingerprint of stored completions, so one strength never takes another's.
+    It enters the fingerprint of stored completions, so one strength never takes another's, nor one
+    content of a file of prompts another's. Raises what `extraction` raises.
     """
     if not is_active(settings):
         return {}
-    named = RELEASED[settings.method] if settings.released_data else data.extraction
-    against = None if settings.released_data else [asdict(data.evaluation), data.near_duplicate]
-    return {
-        **_made_with(settings),
-        "strength": settings.strength,
-        "extraction": asdict(named),
-        "apart_from": against,
-        "seed": seed,
-    }
+    used = extraction(data, settings, seed).parts()
+    prompts = {kind: sources.fingerprint(rows) for kind, rows in used.items()}
+    return {**_made_with(settings), "strength": settings.strength, "prompts": prompts}
 
 
 def summary(settings: SteeringConfig) -> dict[str, Any]:

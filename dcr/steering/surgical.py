@@ -279,14 +279,18 @@ def last_log_p(
     model: Any, sequences: Sequence[Sequence[int]]
 ) -> Float[Tensor, "prompts vocabulary"]:
     """Log-probabilities (in fp32 or wider) of the token that follows each sequence."""
-    parts = []
+    parts, order = [], list[int]()
     with torch.no_grad():
         for start in range(0, len(sequences), vectors.BATCH_SIZE):
             batch = sequences[start : start + vectors.BATCH_SIZE]
-            logits = passes.current().read(model, batch, keep=False).logits[:, -1]
-            wide = torch.promote_types(logits.dtype, torch.float32)
-            parts.append(logits.to(wide).log_softmax(-1))
-    return torch.cat(parts)
+            groups = passes.together(model, [len(ids) for ids in batch])
+            for group in groups:
+                rows = [batch[place] for place in group]
+                logits = passes.current().read(model, rows, keep=False).logits[:, -1]
+                wide = torch.promote_types(logits.dtype, torch.float32)
+                parts.append(logits.to(wide).log_softmax(-1))
+                order += [start + place for place in group]
+    return torch.cat(parts)[torch.tensor(order).argsort()]
 
 
 def refusal_scores(
