@@ -163,7 +163,7 @@ def _side_by_side(
         code = process.wait()
         running.remove(process)
         free.put(own)
-        return _outcome(command, began, code == 0)
+        return _outcome(command, began, code)
 
     log.info("%d jobs, %d at a time", len(commands), len(made))
     found: Any = Parallel(len(made), backend="threading", return_as="generator")(
@@ -191,7 +191,7 @@ def _environments(
 
     devices = max(command.devices for command in commands)
     most = len(gpus) // devices if gpus else cpu_count()
-    number = max(1, most) if asked == -1 else asked
+    number = min(max(1, most), len(commands)) if asked == -1 else asked
     if number < 1 or (gpus and number > most):
         raise ConfigError(
             f"hydra.launcher.n_jobs={asked}: give -1 or 1 to {most}"
@@ -285,7 +285,7 @@ def _ends(jobs: Any, commands: Sequence[Command], began: float, queued: Any) -> 
                 if (there := queued(jobs)) is not None:
                     absent = {n: 0 if n in there else seen + 1 for n, seen in absent.items()}
         written = all(part.paths.result_pickle.exists() for part in parts)
-        yield _outcome(command, began, written and job.exception() is None)
+        yield _outcome(command, began, 0 if written and job.exception() is None else 1)
 
 
 def _queued(_: Any) -> set[str] | None:
@@ -370,9 +370,11 @@ def _log(command: Command, where: str) -> Iterator[int]:
         os.close(file)
 
 
-def _outcome(command: Command, began: float, done: bool) -> Outcome:
-    spent = time.perf_counter() - began
-    error = None if done else UserError(_last_error(command.log))
+def _outcome(command: Command, began: float, code: int) -> Outcome:
+    spent, error = time.perf_counter() - began, None
+    if code != 0:
+        error = UserError(_last_error(command.log))
+        error.exit_code = max(code, 1)  # by which a sweep of one job ends; a signal's is below 0
     return Outcome(command.overrides, command.folder, spent, error)
 
 

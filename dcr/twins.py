@@ -27,13 +27,18 @@ INSTRUCTIONS = (
     "no comment.",
 )
 QUOTES = "\"'“”‘’`*"
+LABEL = re.compile(  # that an author puts before a request, and with which no request begins
+    r"^[*_]*(?:(?:(?:rewritten|reworded|rephrased|revised|modified|harmless|safe|benign|new) )+"
+    r"(?:request|version|prompt|question|message|counterpart|alternative|twin)"
+    r"|request|rewrite|rewritten|reworded|revised|answer|output)[*_]*:[*_]*\s+(?=\S)",
+    re.IGNORECASE,
+)
 
 
 def candidate(text: str) -> str:
     """The request in an author's text: its first line without quotes and without a label."""
     line = next((line.strip() for line in text.splitlines() if line.strip()), "")
-    line = re.sub(r"^[*_]*[A-Z][\w ]{2,24}:[*_]*\s+(?=\S)", "", line)
-    return line.strip(QUOTES + " ")
+    return LABEL.sub("", line).strip(QUOTES + " ")
 
 
 def outcome(toxic: str, twin: str) -> str:

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import joblib
 import pytest
 import torch
 import yaml
@@ -19,7 +20,7 @@ from forked import killed
 from tiny_run import logged, overrides, same, settings, weights
 
 from dcr import cli, launching, train
-from dcr.core.config import ConfigError, resolving
+from dcr.core.config import ConfigError, UserError, resolving
 from dcr.core.runs import Run
 from dcr.extensions import TrainSettings
 from dcr.launching import Command, JoblibOptions, SlurmOptions
@@ -65,6 +66,18 @@ def test_jobs_side_by_side_share_gpus_and_fail_alone(tmp_path: Path) -> None:
     assert told == {"4,5", "6,7"}
     with pytest.raises(ConfigError, match=r"n_jobs=3: give -1 or 1 to 2, since 4 GPUs are shared"):
         next(launching._side_by_side(jobs, JoblibOptions(n_jobs=3), ["0", "1", "2", "3"]))
+
+
+def test_one_job_has_all_cores_and_ends_as_its_command_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    told = "import os, sys; print(os.environ['OMP_NUM_THREADS']); sys.exit(3)"
+    job = stub(tmp_path, "a", told)
+    (end,) = launching._side_by_side([job], JoblibOptions(), [])
+    assert job.log.read_text().splitlines()[-1] == str(joblib.cpu_count())
+    assert isinstance(end.error, UserError)
+    assert end.error.exit_code == 3
 
 
 def test_a_signal_reaches_jobs_side_by_side_once(tmp_path: Path) -> None:

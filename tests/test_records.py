@@ -15,6 +15,7 @@ import scipy
 import yaml
 
 from dcr.core import storage
+from dcr.core.config import ConfigError
 from dcr.record import __main__ as command
 from dcr.record import origins, pages, unchanged, writing
 
@@ -443,6 +444,9 @@ def test_code_that_moves_a_number_is_not_said_to_be_as_before(
         ("a <!-- record one sets=bad -->", "sets=bad: no such column"),
         ("a <!-- record none name=stl -->", "none.csv: cannot be read"),
         ("<!-- record one name=stl -->", "begins a line"),
+        ("a <!-- record one name='stl -->", "name='stl -->: No closing quotation"),
+        ("a <!-- record one name=stl as=.2q -->", "as=.2q -->: Unknown format code 'q'"),
+        ("a <!-- record one name=stl -->0 <!-- record one name=dcr -->", "before the next mark"),
     ],
 )
 def test_a_wrong_mark_is_one_line(
@@ -455,6 +459,13 @@ def test_a_wrong_mark_is_one_line(
     assert f"{page}: " in error
     assert says in error
     assert error.count("\n") == 1
+
+
+def test_a_mark_that_does_not_end_is_told(records: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^<!-- record one name=dcr -->: no <!-- /record --> be"):
+        pages.rendered(
+            "a <!-- record one name=stl -->0<!-- /record --> <!-- record one name=dcr -->", records
+        )
 
 
 # --- our documents ------------------------------------------------------------------------------

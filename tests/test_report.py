@@ -263,6 +263,16 @@ def test_columns_are_told_apart_by_the_swept_key_or_else_by_their_folders(tmp_pa
     assert main([*map(str, folders), f"out={tmp_path / 'r.html'}"]) == 0
 
 
+def test_a_seed_that_was_evaluated_twice_counts_once(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / str(seed), seed=seed) for seed in (0, 1)]
+    for folder in folders:
+        make_eval(folder, {"safe": "cr"})
+    make_eval(folders[0], {"safe": "cc"}, name="again")
+    (group,) = seed_groups(columns(*folders))
+    assert group.label[-1] == "2 seeds"
+    assert [columns(*folders)[place].about("seed") for place in group.places] == ["0", "1"]
+
+
 def test_mean_and_spread_over_seeds(tmp_path: Path) -> None:
     folders = []
     for seed, verdicts in enumerate(("rccc", "rrcc")):

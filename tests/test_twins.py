@@ -59,6 +59,11 @@ def test_the_request_is_found_in_what_an_author_writes(text: str) -> None:
     assert twins.candidate(text) == "How do I feed it?"
 
 
+@pytest.mark.parametrize("text", ["Once upon a time: go on", "Dear John: say no", "Question: why?"])
+def test_opening_words_are_no_label(text: str) -> None:
+    assert twins.candidate(text) == text
+
+
 def replies(body: Body) -> str:
     """Rewrites all but three as asked, and answers what it is given otherwise."""
     noun = last_user(body).split()[5]

@@ -24,6 +24,7 @@ CODE = r"^```.*?^```"  # is left as it is
 MARKED = re.compile(
     rf"{CODE}|(<!-- record (\S+) (.*?)-->).*?(<!-- /record -->)", re.DOTALL | re.MULTILINE
 )
+BEGINS = re.compile(r"<!-- record .*")
 ALL = "*"  # sets, together
 LISTED = re.compile(r"(<!-- (records|looks) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 LEDGERS, LEDGER = "evidence", ".looks.jsonl"  # the folder beside the records, and its files
@@ -67,26 +68,38 @@ def rendered(text: str, records: Path) -> str:
     now = _deciding_now(records)
 
     def written(mark: re.Match[str]) -> str:
-        begins, name, asked, ends = mark.groups()
+        begins, _, _, ends = mark.groups()
         if not begins:
             return mark[0]
+        called = begins.splitlines()[0]
+        if BEGINS.search(mark[0], len(begins)):
+            raise ConfigError(f"{called}: no {ends} before the next mark")
+        try:
+            return f"{begins}{numbers(mark)}{ends}"
+        except (ConfigError, DataError) as error:
+            raise type(error)(f"{called}: {error}") from None
+        except ValueError as error:  # of words, or of how a number is shown
+            raise ConfigError(f"{called}: {error}") from None
+
+    def numbers(mark: re.Match[str]) -> str:
+        _, name, asked, _ = mark.groups()
         head, *lines = asked.strip().split("\n")
         file = records / f"{name}.csv"
         if lines:
-            table = _table(records, name, head, lines, now) if file.is_file() else ""
-            return f"{begins}\n{table}{ends}"
+            return "\n" + (_table(records, name, head, lines, now) if file.is_file() else "")
         if text[: mark.start()].rpartition("\n")[2] == "":
-            raise ConfigError(f"{begins}: begins a line, where Markdown takes it for a block")
+            raise ConfigError("begins a line, where Markdown takes it for a block")
         words = _words(head)
         interval = words.pop("interval", None) is not None
         found, how = _found(read(file), words)
-        shown = _shown(found, how, ends=interval)
-        return f"{begins}{shown}{' (stale)' if stale(found, now) else ''}{ends}"
+        return _shown(found, how, ends=interval) + (" (stale)" if stale(found, now) else "")
 
     def listed(mark: re.Match[str]) -> str:
         rows = _list(records, now) if mark[2] == "records" else _looks(records.parent / LEDGERS)
         return f"{mark[1]}{rows}{mark[3]}"
 
+    if alone := BEGINS.search(MARKED.sub("", text)):
+        raise ConfigError(f"{alone[0]}: no <!-- /record --> behind it")
     return LISTED.sub(listed, MARKED.sub(written, text))
 
 

@@ -452,19 +452,20 @@ def seed_groups(columns: Sequence[Column]) -> list[Group]:
     """Columns that differ only by seed, where there are two or more, and each such group's
     difference from that of STL.
     """
-    places: dict[str, list[int]] = {}
+    places: dict[str, dict[str, int]] = {}
     for place, column in enumerate(columns):
         if column.about("method") not in UNTRAINED:
             weights, settings = column.evaluation.weights, settings_without_seed(column.evaluation)
             key = [variant(column.run, column.evaluation), weights, settings]
-            places.setdefault(storage.fingerprint(key), []).append(place)
+            # a seed that was evaluated twice counts once
+            places.setdefault(storage.fingerprint(key), {}).setdefault(column.about("seed"), place)
     groups = []
-    for alike in places.values():
+    for by_seed in places.values():
+        alike = tuple(by_seed.values())
         first = columns[alike[0]]
-        seeds = {columns[i].about("seed") for i in alike}
         kept = tuple(part for part in first.label if not part.startswith("seed "))
-        if len(seeds) > 1:
-            groups.append(Group((*kept, f"{len(seeds)} seeds"), tuple(alike), first.style))
+        if len(alike) > 1:
+            groups.append(Group((*kept, f"{len(alike)} seeds"), alike, first.style))
     edits = ("steering", "calibrate", "gate", *CONTRASTS)
     less = []
     for a in groups:
