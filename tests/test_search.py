@@ -20,7 +20,13 @@ from dcr.search import __main__ as command
 
 SEARCHED = ("dcr.layer", "dcr.margin", "dcr.epochs")
 SPACES = ["dcr.layer=1..2", "dcr.margin=0.1..0.4", "dcr.epochs=1,2"]
-FIXED = ["dcr.optim.lr=1e-3", "dcr.scale=16", "dcr.nll.weight=0.001", "dcr.ratio=2"]
+FIXED = [
+    "model.epochs=1",
+    "dcr.optim.lr=1e-3",
+    "dcr.scale=16",
+    "dcr.nll.weight=0.001",
+    "dcr.ratio=2",
+]
 
 
 def asked(out: Path, words: Sequence[str], *more: str) -> list[str]:
@@ -99,6 +105,15 @@ def test_two_workers_on_one_file_share_trials_and_the_front_is_that_of_a_loop(
     assert command.main(asked(tmp_path, words, "trials=14")) == 0
     assert column(shown(tmp_path)[:12], "auroc") == column(found, "auroc")
     assert len(shown(tmp_path)) == 14
+
+
+def test_settings_outside_of_the_spaces_are_no_configured_trial(
+    words: list[str], tmp_path: Path, quick: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main(asked(tmp_path, words, "trials=1", "dcr.margin=0.5..0.9")) == 0
+    assert column(shown(tmp_path), "configured") == ["False"]
+    told = "not tried as configured: dcr.margin outside of what is searched"
+    assert told in capfd.readouterr().out.splitlines()
 
 
 # --- kills --------------------------------------------------------------------------------------

@@ -53,6 +53,8 @@ def main(options: Options) -> None:
         study.in_fork(lambda: study.check_jobs(asked.corners()))
         print(*search.words_of(asked.spaces))
         print(f"validation: {', '.join(map(str, asked.validation))}")
+        if outside := [key for key in asked.spaces if key not in point]:
+            print(f"not tried as configured: {', '.join(outside)} outside of what is searched")
         if options.plan:
             return
         from dcr.search import trials

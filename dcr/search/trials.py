@@ -70,10 +70,14 @@ def _drop_torn_line(search: Search) -> None:
 
 
 def carry_out(search: Search, workers: int, point: Mapping[str, object]) -> optuna.Study:
-    """Do all trials, `point` first; no other command may do trials of the same folder meanwhile."""
+    """Do all trials, `point` first if it is one of the spaces.
+
+    A part of a point would be filled up by chance, and be called configured. No other command may
+    do trials of the same folder meanwhile.
+    """
     _drop_torn_line(search)
     shared = opened(search)
-    if not shared.trials:
+    if not shared.trials and point.keys() == search.spaces.keys():
         shared.enqueue_trial(dict(point), user_attrs={"configured": True})
     for trial in shared.get_trials(states=[TrialState.RUNNING]):  # of a command that was killed
         shared.tell(trial.number, state=TrialState.FAIL)
