@@ -21,6 +21,7 @@ from dcr.core.config import (
     block_of,
     resolving,
 )
+from dcr.core.evaluation.sets import APART, check_names
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
 from dcr.core.sources import SOURCES
@@ -188,6 +189,8 @@ def export(
         answers.check(settings, made_with)
     elif calibrate is not None:
         biases.check(settings, made_with)
+    if calibrate is not None:
+        check_names(biases.validation(settings))
     machine.use_threads()
     # evaluations or a template that cannot be read end the command before weights are opened
     evaluated(run, stage, {})
@@ -367,6 +370,7 @@ def model_card(run: Run, stage: str, made_with: Mapping[str, Any], weights: Weig
     read = " + readout" if "readout" in stages else ""
     rows = {n: part for n, part in run.record().get("rows", {}).items() if part["count"]}
     measured, silences, others = evaluated(run, stage, weights.change)
+    attacked = _under_attack(measured).drop_duplicates(["kind", "set"])
     return (
         templates(escaping=False)
         .get_template("model_card.md")
@@ -389,6 +393,7 @@ def model_card(run: Run, stage: str, made_with: Mapping[str, Any], weights: Weig
                 "quantity == 'refused' and judge == 'keyword:paper' and n > 0"
             ).drop_duplicates(["set", "kind", "n", "count"]),
             attacked=_attacked(measured),
+            pooled=[*attacked.loc[attacked.duplicated("kind", keep=False), "set"]],
             silences=silences,
             trained_on=run.record().get("in_distribution", []),
             others=others,
@@ -401,7 +406,7 @@ def _attacked(measured: "pd.DataFrame") -> list[dict[str, str]]:
     """A line for each attack: its words, and by kind the share wanted of so many answers."""
     from dcr import inference
 
-    rows = measured.loc[measured["quantity"].str.startswith("robustness/")]
+    rows = _under_attack(measured)
     lines: dict[str, dict[str, str]] = {}
     for kind, wanted in (("toxic", "refused"), ("seemingly_toxic", "answered")):
         named = rows["quantity"].str.endswith(f"/{wanted}") & (rows["judge"] == "outcome")
@@ -413,6 +418,12 @@ def _attacked(measured: "pd.DataFrame") -> list[dict[str, str]]:
             line = lines.setdefault(attack, {"attack": attack} | dict.fromkeys(CARD, "–"))
             line |= {wanted: share, kind: str(int(of["n"].sum()))}
     return [*lines.values()]
+
+
+def _under_attack(measured: "pd.DataFrame") -> "pd.DataFrame":
+    """The measures under attack, without those of sets that are never pooled with others."""
+    rows = measured.loc[measured["quantity"].str.startswith("robustness/")]
+    return rows.loc[~rows["set"].isin(APART)]
 
 
 def _settings(

@@ -8,7 +8,7 @@ from pathlib import Path
 from dcr import entry
 from dcr.calibration import CalibrationConfig, relations
 from dcr.core import machine, prompts, storage
-from dcr.core.config import ConfigError, ModelConfig, Precision
+from dcr.core.config import ConfigError, Language, ModelConfig, Precision
 from dcr.extensions import EvalSettings
 
 log = logging.getLogger(__name__)
@@ -33,6 +33,11 @@ class Options:
     )
     toxic: list[str] = entry.option("toxic validation prompts; none: held-out contrasts", [])
     seemingly_toxic: list[str] = entry.option("seemingly toxic ones; none: likewise", [])
+    language: str | None = entry.option(
+        "of the answers; none: that which an export names, else en",
+        None,
+        choices=[language.value for language in Language],
+    )
     root: str | None = entry.option("a local folder with the sets' files", None, key="data.root")
     precision: str = entry.option(
         "of the weights while they answer; auto: what the device does natively",
@@ -47,16 +52,19 @@ def main(options: Options) -> None:
     folder, settings = options.model, _settings(options)
     from dcr.calibration import biases
     from dcr.core import models
+    from dcr.core.evaluation import sets
     from dcr.core.models import folders, structure
 
     biases.check(settings, {"method": "base"})
+    sets.check_names(biases.validation(settings))
     machine.use_threads()
     if folders.is_adapter(folder):
         policy = folders.open_adapter(folder, settings.precision, options.trust_remote_code)
     else:
         policy = models.open_policy(settings.model, settings.precision)
     machine.to_gpu(policy.model, "auto")
-    settings.model.language = prompts.kept_language(policy.tokenizer)
+    named = options.language
+    settings.model.language = Language(named) if named else prompts.kept_language(policy.tokenizer)
     chat = prompts.chat_format(policy.tokenizer, settings.model)
     bias, record = biases.calibrated(policy, chat, settings)
     decoding = structure.unwrapped(policy.model).generation_config

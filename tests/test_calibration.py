@@ -434,6 +434,11 @@ def test_a_tuned_folder_gets_a_bias_of_its_own_for_the_share(
         (folder / folders.ORIGIN_FILE).unlink()
         ended = command("dcr.recalibration", *words)
     assert ended.code == 0, ended.err
+    alike = [tmp_path / name / "mine.jsonl" for name in ("a", "b")]
+    for file in alike:
+        tiny_run.write_jsonl(file, [{"prompt": f"Wreck it as {file} says"}])
+    refused = command("dcr.recalibration", *words, *(f"toxic={file}" for file in alike))
+    assert "mine: two sets have this name" in refused.error
     written = json.loads((folder / "generation_config.json").read_text())["sequence_bias"]
     record = json.loads((folder / "calibration.json").read_text())
     assert {bias for _, bias in written} == {record["bias"]}

@@ -102,6 +102,8 @@ def test_an_export_keeps_the_language_for_what_comes_later(
     for folder, said in ((german, "de de"), (tiny_folder, "en en")):
         ended = command("dcr.recalibration", f"model={folder}", "calibrate=0.5")
         assert ended.error == said
+    ended = command("dcr.recalibration", f"model={german}", "calibrate=0.5", "language=zh")
+    assert ended.error == "zh zh"
 
     def asked(folder: Path, **given: Any) -> list[str]:
         return harness.questions(pretrained=str(folder), limit=1, **given)["test"][0]["choices"]

@@ -177,7 +177,10 @@ def test_every_attack_is_answered_counted_kept_and_told(
     circular = found["prefill_31_60"]["sets"]["demo_toxic_heldout"]["outcomes"]["circular"]
     told = {key: row[key] for key in ("count", "n", "kind", "judge")}
     assert told == {"count": circular, "n": 4, "kind": "toxic", "judge": "outcome"}
-    assert [line["attack"] for line in _attacked(frame)][2] == CARD
+    lines = _attacked(frame)
+    assert [line["attack"] for line in lines][2] == CARD
+    apart = frame.loc[frame["kind"] == "seemingly_toxic"].assign(set="coconot_safety")
+    assert _attacked(pd.concat([frame, apart])) == lines, "a set that is never pooled"
 
     # a killed command asks for what lacks, and one that lacks nothing opens nothing
     (file,) = folder.glob("robustness/system-*/demo_toxic_heldout.jsonl")

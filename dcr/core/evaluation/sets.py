@@ -160,9 +160,7 @@ def kept(
     leaves out (a server that failed) is absent from the result, and asked next time. Raises
     ConfigError for two sets of one name, which would share a file.
     """
-    names = [prompt_set.name for prompt_set in prompt_sets]
-    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
-        raise ConfigError(f"{twice[0]}: two sets have this name; rename one of their files")
+    check_names(prompt_sets)
     homes: dict[str, list[tuple[str, str]]] = {}  # a prompt may stand in several sets
     rows: dict[str, Example] = {}
     for prompt_set in prompt_sets:
@@ -185,6 +183,13 @@ def kept(
                 storage.append_lines(folder / f"{name}.jsonl", records)
             bar.update(len(batch))
     return {b.name: _of_rows(folder, b, schema) for b in prompt_sets}
+
+
+def check_names(prompt_sets: Sequence[PromptSet]) -> None:
+    """Raises ConfigError for two sets of one name."""
+    names = [prompt_set.name for prompt_set in prompt_sets]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(f"{twice[0]}: two sets have this name; rename one of their files")
 
 
 def _of_rows(folder: Path, prompt_set: PromptSet, schema: type[Record]) -> list[Record]:
