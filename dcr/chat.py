@@ -171,7 +171,9 @@ def main(options: Options) -> None:
         rule = classifier.record_of(options.gate)
         narrow = policy.model.dtype.itemsize < 4
         dialogue.gate = classifier.open_gate(
-            options.gate, Precision.bf16 if narrow else Precision.fp32
+            options.gate,
+            Precision.bf16 if narrow else Precision.fp32,
+            trust_remote_code=options.trust_remote_code,
         )
         given = options.threshold
         dialogue.threshold = rule["threshold"] if given is None else given

@@ -24,6 +24,14 @@ from transformers import (
     AutoTokenizer,
 )
 
+# The marks around thoughts, of which a template speaks of one pair; in some tokenizers they are
+# plain text.
+THOUGHTS = (
+    ("<think>", "</think>"),
+    ("<seed:think>", "</seed:think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<|channel>thought", "<channel|>"),
+)
 Turns = str | Sequence[dict[str, str]]  # a prompt, or a conversation that the user ends
 
 
@@ -57,6 +65,19 @@ class Gated:
 
 
 def _encoded(tokenizer: Any, asked: Turns, device: Any) -> Any:
-    turns = [{"role": "user", "content": asked}] if isinstance(asked, str) else list(asked)
+    given = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+    turns = [{**turn, "content": _neutralised(tokenizer, turn["content"])} for turn in given]
     options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
     return tokenizer.apply_chat_template(turns, **options).to(device)
+
+
+def _neutralised(tokenizer: Any, words: str) -> str:
+    """Words whose control tokens are plain letters, so that nobody forges a turn, as evaluated."""
+    added = tokenizer.added_tokens_decoder.values()
+    named = {token.content for token in added if token.special} | {*tokenizer.all_special_tokens}
+    template = str(tokenizer.chat_template)
+    named |= set(next((marks for marks in THOUGHTS if marks[1] in template), ()))
+    for token in sorted(named, key=len, reverse=True):
+        if len(token) > 1:
+            words = words.replace(token, f"{token[0]}\u200b{token[1:]}")
+    return words
