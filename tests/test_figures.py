@@ -410,6 +410,25 @@ def test_safety_is_dsr_where_a_guard_judged_every_point(tmp_path: Path) -> None:
     assert "keyword refusal" in "".join(figure_of(OPERATING, run).sentences)
 
 
+def test_the_figures_of_a_base_model_name_the_model_and_the_edit(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "stl", "stl")
+    edit = {"steering": {"method": "ablation", "strength": 1.0}}
+    for model, settings in (("small", {}), ("large", edit)):
+        make_eval(run, {}, weights="base", name=model, model=model, settings=settings,
+                  kernel=matrix(0.1), separability=separable(3, len(settings) / 9))  # fmt: skip
+    titles = [" ".join(panel.title.split()) for panel in figure_of("6a", run).blocks[""] if panel]
+    assert titles == [
+        f"(a) base model, {params}, {name}"
+        for params in ("tail-2", "trunk-14")
+        for name in ("large, ablation strength=1.0", "small")
+    ]
+    names = ["base model, large, ablation strength=1.0", "base model, small"]
+    seven, eight = figure_of("7", run), figure_of("8", run)
+    assert [name for name, _ in seven.legend][:2] == names
+    assert [*eight.blocks] == names
+    assert set(seven.values["model"]) == set(eight.values["model"]) == {"small", "large"}
+
+
 LACKING = {
     "1a": "figure 1a: no scored snapshots in {}; train with tracking.snapshots=20",
     "4": "figure 4: no scored snapshots in {}; train with tracking.snapshots=20, then run",

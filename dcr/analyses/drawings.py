@@ -1,6 +1,7 @@
 """Figures 6, 7 and 8: the kernel between kinds of prompts, and their separability by layer."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,13 @@ from dcr.report.curves import (
     STAGES,
     TRACKED,
     curves,
+    edit_of,
     folders,
     name_of_weights,
     named,
 )
 from dcr.report.figures import INK, Curve, Drawing, Look, Panel, kind_look, look_of
-from dcr.report.records import RunRecord, config_of
+from dcr.report.records import RunRecord, about, config_of
 from dcr.report.sections import Selection
 from dcr.results.schema import Separability, interval
 
@@ -52,17 +54,25 @@ def kernel(chosen: Selection, figure: str) -> Drawing:
     records, (parts, when) = chosen.records, KERNEL_FIGURES[figure]
     values = pd.concat([_matrices(weights, records) for weights in parts], ignore_index=True)
     runs = [set(own["run"]) for _, own in figures.parts(values, "weights")]
+    several_runs, several_models = max(map(len, runs)) > 1, len(set(values["model"])) > 1
     by_params = figures.parts(values, "params")
+    edits = {printable(str(e.folder)): edit_of(e) for run in records for e in run.evaluations}
     rows = [figures.parts(own, "weights", "run", "source") for _, own in by_params]
     across = max(map(len, rows))
     panels: list[Panel | None] = []
     for row in rows:
         means = [mean for _, cells in row for mean in cells["estimate"] if not math.isnan(mean)]
         top = max(means, default=1.0) or 1.0  # other parameters have other magnitudes
-        for (weights, run, _), cells in row:
+        measured = Counter((weights, *cells["model"].head(1)) for (weights, *_), cells in row)
+        for (weights, run, source), cells in row:
             which = "(a) base model" if weights == "base" else "(b) after stage one"
-            several = max(map(len, runs)) > 1
-            title = (which, cells["params"].iloc[0], Path(run).name if several else "")
+            params, model = cells["params"].iloc[0], cells["model"].iloc[0]
+            # a base model is that of its own name, whatever run's folder it was measured in
+            by_folder = measured[weights, model] > 1 or (weights != "base" and several_runs)
+            title = (
+                *(which, params, model if several_models else ""),
+                *(Path(run).name if by_folder else "", edits.get(source, "")),
+            )
             named = {"observer": "y", "trained": "x", "estimate": "value"}
             cells = cells.rename(columns=named).filter(["y", "x", "value", "low", "high"])
             panels.append(
@@ -89,8 +99,8 @@ def kernel(chosen: Selection, figure: str) -> Drawing:
 
 def _matrices(weights: str, records: Sequence[RunRecord]) -> pd.DataFrame:
     """The matrices evaluated, or else tracked, at these weights, each once. UserError if none."""
-    # run, choice of parameters, normalisation, source, and rows of observer, trained and mean
-    matrices: list[tuple[RunRecord, str, str, str, list[tuple[Any, ...]]]] = []
+    # run, model, choice of parameters, normalisation, source, and rows of observer, trained, mean
+    matrices: list[tuple[RunRecord, str, str, str, str, list[tuple[Any, ...]]]] = []
     for run in records:
         for e in run.evaluations:
             if e.weights == weights and e.kernel:
@@ -101,7 +111,8 @@ def _matrices(weights: str, records: Sequence[RunRecord]) -> pd.DataFrame:
                         for observer, row in by_observer.items()
                         for trained, cell in row.items()
                     ]
-                    matrices.append((run, params, normalise, source, cells))
+                    model = about(run, e, "model")
+                    matrices.append((run, model, params, normalise, source, cells))
     for run in records if not matrices else ():
         dcr = config_of(run, "method") == "dcr"
         before, after = ["contrastive", *([] if dcr else ["sft"])], ["sft", "contrastive"]
@@ -112,17 +123,17 @@ def _matrices(weights: str, records: Sequence[RunRecord]) -> pd.DataFrame:
             at = {row[:3]: row for row in read if last or row[3] == 0}
             for params in dict.fromkeys(key[0] for key in at):
                 cells = [(*key[1:], *row[4:7]) for key, row in at.items() if key[0] == params]
-                matrices.append((run, params, "", f"{TRACKED} ({stage})", cells))
+                model = config_of(run, "model")
+                matrices.append((run, model, params, "", f"{TRACKED} ({stage})", cells))
             if at:
                 break
     figure, lack = LACKING[weights]
     rows, known = [], []
-    for run, params, normalise, source, cells in matrices:
-        model = config_of(run, "model")
+    for run, model, params, normalise, source, cells in matrices:
         if (identity := (model, params, repr(cells))) not in known:  # one base in several folders
             known.append(identity)
-            about = (figure, weights, model, printable(str(run.folder)), params, normalise)
-            rows += [(*about, *cell, source) for cell in cells]
+            of = (figure, weights, model, printable(str(run.folder)), params, normalise)
+            rows += [(*of, *cell, source) for cell in cells]
     if not rows:
         raise UserError(f"figure {figure}: {lack.format(folders(records))}")
     return figures.frame(rows, *MATRIX)
@@ -142,7 +153,7 @@ About = tuple[str, str, str]  # name, weights, model
 def _separability(figure: str, records: Sequence[RunRecord]) -> list[tuple[About, Separability]]:
     """The separability of every run's weights, in the order of the stages; a base model once."""
     every = [
-        (name_of_weights(name, run, e), config_of(run, "model"), e, e.separability)
+        (name_of_weights(name, run, e), about(run, e, "model"), e, e.separability)
         for stage in STAGES
         for run, name in named(records)
         for e in run.evaluations
@@ -166,8 +177,13 @@ def accuracies(chosen: Selection) -> Drawing:
     by_weights = _separability("7", chosen.records)
     values = figures.frame(
         [
-            (*about, scores.layer, *(getattr(scores, key) for key in LAYER_SCORES), of.majority)
-            for about, of in by_weights
+            (
+                *of_weights,
+                scores.layer,
+                *(getattr(scores, key) for key in LAYER_SCORES),
+                of.majority,
+            )
+            for of_weights, of in by_weights
             for scores in of.layers
         ],
         *("run", "weights", "model", "layer", *LAYER_SCORES, "majority"),
@@ -201,8 +217,8 @@ def scaling(chosen: Selection) -> Drawing:
     """Figure 8: classical MDS of the features, a panel a layer."""
     values = figures.frame(
         [
-            (*about, int(layer), identity, CLASSES[label], x, y)
-            for about, of in _separability("8", chosen.records)
+            (*of_weights, int(layer), identity, CLASSES[label], x, y)
+            for of_weights, of in _separability("8", chosen.records)
             for layer, points in of.mds.items()
             if points
             for identity, label, (x, y) in zip(

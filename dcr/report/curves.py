@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from dcr import results
 from dcr.core import storage
 from dcr.core.config import Kind, UserError
 from dcr.core.results import Estimate
@@ -22,6 +23,7 @@ from dcr.report.records import (
     RunRecord,
     Style,
     TrackedStep,
+    about,
     config_of,
     label_of,
     run_styles,
@@ -69,12 +71,21 @@ def named(records: Sequence[RunRecord], weights: str | None = None) -> list[tupl
 
 
 def name_of_weights(run_name: str, run: RunRecord, evaluation: Evaluation) -> str:
-    """The name of the evaluated weights: a run after a stage or step of SFT, or the base model."""
+    """The name of the evaluated weights: a run after a stage or step of SFT, or the base model.
+
+    An edit of activations follows.
+    """
+    edit = edit_of(evaluation)
     if evaluation.weights == "base":
-        model = evaluation.model or config_of(run, "model")
-        return ", ".join(filter(None, (STAGES["base"], model)))
+        return ", ".join(filter(None, (STAGES["base"], about(run, evaluation, "model"), edit)))
     stage = STAGES.get(evaluation.weights, evaluation.weights)
-    return f"{run_name}, {stage if evaluation.step is None else f'SFT step {evaluation.step}'}"
+    stage = stage if evaluation.step is None else f"SFT step {evaluation.step}"
+    return ", ".join(filter(None, (run_name, stage, edit)))
+
+
+def edit_of(evaluation: Evaluation) -> str:
+    """The edit of activations that an evaluation was made under; empty without one."""
+    return printable(results.edit({"steering": evaluation.settings.get("steering")}))
 
 
 def folders(records: Iterable[RunRecord]) -> str:
