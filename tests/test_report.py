@@ -269,7 +269,7 @@ def test_a_seed_that_was_evaluated_twice_counts_once(tmp_path: Path) -> None:
         make_eval(folder, {"safe": "cr"})
     make_eval(folders[0], {"safe": "cc"}, name="again")
     (group,) = seed_groups(columns(*folders))
-    assert group.label[-1] == "2 seeds"
+    assert group.label == ("DCR", "2 seeds")
     assert [columns(*folders)[place].about("seed") for place in group.places] == ["0", "1"]
 
 

@@ -463,7 +463,8 @@ def seed_groups(columns: Sequence[Column]) -> list[Group]:
     for by_seed in places.values():
         alike = tuple(by_seed.values())
         first = columns[alike[0]]
-        kept = tuple(part for part in first.label if not part.startswith("seed "))
+        # neither a seed nor the folder of one evaluation
+        kept = (part for part in first.label if all(part in columns[i].label for i in alike))
         if len(alike) > 1:
             groups.append(Group((*kept, f"{len(alike)} seeds"), alike, first.style))
     edits = ("steering", "calibrate", "gate", *CONTRASTS)
