@@ -14,11 +14,18 @@ from safetensors.torch import load_file
 from test_study import measured, trained
 from tiny_run import same
 
-from dcr import align, study
+from dcr import align, gate, study
 from dcr.core import refusal
 from dcr.core.config import ConfigError, DataConfig, DataError, EvaluationSets, UserError
 from dcr.core.runs import Run
 from dcr.extensions import EvalSettings
+from dcr.gate import Recipe
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gate of few steps."""
+    monkeypatch.setattr(gate, "Recipe", lambda: Recipe(epochs=1, batch_size=64))
 
 
 def free(words: list[str]) -> list[str]:
@@ -107,8 +114,6 @@ def test_a_model_of_ones_own_ends_as_page_and_export(
     assert behind["threshold"] == pytest.approx(rule["threshold"], abs=1e-3)
     assert "behind gate-" in (tmp_path / "align.html").read_text()
     assert str(gated) in said
-    assert align.main(asked) == 0
-    assert not re.search(r"^\[\d", capfd.readouterr().out, re.M)
 
 
 def told(said: str) -> list[str]:
@@ -173,8 +178,8 @@ def test_what_no_bias_brings_to_stls_safety_costs_neither_page_nor_export(
 
     assert align.main([*asked, "gate=true"]) == 0
     assert told(capfd.readouterr().out)[0] == f"not at STL's safety: STL: {none}"
-    gate = json.loads((tmp_path / f"{stl.name}-gate-export/gate/gate.json").read_text())
-    assert gate["threshold"] == 0.5, "the gate's own"
+    rule = json.loads((tmp_path / f"{stl.name}-gate-export/gate/gate.json").read_text())
+    assert rule["threshold"] == 0.5, "the gate's own"
 
     say(stl, "answering", 30)
     none = f"calibrate={stl}: no bias makes this model refuse one of 119 toxic validation prompts;"

@@ -287,10 +287,7 @@ def test_a_run_can_be_the_target(tmp_path: Path) -> None:
     rows = read("contrasts_toxic_heldout")
     forks = [f for batch in calibration.beginnings(policy, chat, rows, 3) for f in batch]
     opened = sum(fork.margin > 0 for fork in forks)
-    if not opened:
-        with pytest.raises(ConfigError, match="refuses none of 119 toxic prompts; give a share"):
-            eval_entry.evaluate(settings, run)
-        return
+    assert opened > 0
     eval_entry.evaluate(settings, run)
     (found,) = measured(run)
     assert found["calibration"]["target"] == pytest.approx(opened / 119)

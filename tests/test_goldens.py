@@ -595,7 +595,7 @@ def changes(name: str, golden: str, now: str) -> list[str]:
     return list(difflib.unified_diff(golden.splitlines(), now.splitlines(), name, "now", n=0))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Folder]:
     place, before = tmp_path_factory.mktemp("goldens"), Path.cwd()
     with pytest.MonkeyPatch.context() as patch:

@@ -9,6 +9,10 @@ from pathlib import Path
 
 import grimp
 import pytest
+import torch
+from beartype.roar import BeartypeCallHintViolation
+
+from dcr.core.losses import circle_loss
 
 ROOT = Path(__file__).parent.parent
 CORE = {"core", "train", "eval"}
@@ -67,6 +71,19 @@ def test_the_core_has_no_more_files_than_a_reader_holds_in_an_afternoon() -> Non
 def test_no_command_opens_more_files_than_it_does_today(command: str) -> None:
     opened = grimp.build_graph("dcr", cache_dir=None).find_upstream_modules(command)
     assert len(opened) + 1 <= OPENED, sorted(opened)
+
+
+@pytest.mark.parametrize(
+    ("features", "labels"),
+    [
+        (torch.zeros(3, 2), torch.zeros(4, dtype=torch.long)),  # of another batch
+        (torch.zeros(3), torch.zeros(3, dtype=torch.long)),
+        (torch.zeros(3, 2), torch.zeros(3)),
+    ],
+)
+def test_tests_check_the_shapes_in_signatures(features: torch.Tensor, labels: torch.Tensor) -> None:
+    with pytest.raises(BeartypeCallHintViolation):
+        circle_loss(features, labels, 0.25, 16.0)
 
 
 def test_contributing_names_every_room() -> None:

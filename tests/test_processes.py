@@ -1,6 +1,7 @@
 """Several processes are one: the same global batches, the same pairs, the same weights."""
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import socket
@@ -37,6 +38,7 @@ def rank(index: int, world: int, port: int, made: TrainConfig, folder: Path) -> 
     os.environ |= {name: str(value) for name, value in names.items()} | {"GROUP_RANK": "0"}
     rank_zero_only.rank = index
     warnings.simplefilter("ignore")
+    logging.disable(logging.DEBUG)  # torch tells each call among processes, and pytest keeps it
     try:
         train.train(made, Run(folder))
     except BaseException:

@@ -183,7 +183,7 @@ def test_a_trial_gives_what_its_run_gives_and_keeps_no_weights(
 @pytest.mark.slow
 def test_a_search_that_is_killed_ends_as_one_that_is_not(words: list[str], tmp_path: Path) -> None:
     out = tmp_path / "all"
-    order = asked(out, words, "trials=2")
+    order = asked(out, words, "trials=2", "trainer.checkpoint_every_n_steps=2")
     killed(lambda: command.main(order), lambda: bool([*out.glob("trials/*/checkpoints/sft/*")]))
     again(order)
     found = shown(out)

@@ -205,6 +205,7 @@ def test_no_stage_one_is_taken_from_a_damaged_run_and_damage_stays_with_its_job(
 
 
 def test_a_killed_study_goes_on_where_it_was(words: list[str], tmp_path: Path) -> None:
+    words = [*words, "trainer.checkpoint_every_n_steps=2"]
     asked = [f"out={tmp_path / 'study'}", "study=epochs", *words, "seeds=2"]
     *_, last = planned(tmp_path / "study", words, seeds=2).values()
     killed(lambda: study.main(asked), lambda: last.run.checkpoints("sft").is_dir())
