@@ -1,5 +1,6 @@
 """Every test runs in one thread, without network, with checked array shapes, on a tiny model."""
 
+import copy
 import functools
 import importlib
 import logging
@@ -134,6 +135,21 @@ def words(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> list[s
         *(f"data.evaluation={evaluated}", "dcr.epochs=1", "sft.epochs=1", "limit=4"),
         "gen.max_new_tokens=3",
     ]
+
+
+@pytest.fixture
+def composed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets Hydra compose a job once, however often a test gives its command again."""
+    from dcr import study
+
+    made, compose = dict[str, study.Job](), study.job_of
+
+    def job_of(*given: Any) -> study.Job:
+        if (key := repr(given)) not in made:
+            made[key] = compose(*given)
+        return copy.deepcopy(made[key])
+
+    monkeypatch.setattr(study, "job_of", job_of)
 
 
 @pytest.fixture(scope="session")

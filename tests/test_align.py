@@ -21,6 +21,8 @@ from dcr.core.runs import Run
 from dcr.extensions import EvalSettings
 from dcr.gate import Recipe
 
+pytestmark = pytest.mark.usefixtures("composed_once")
+
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -277,7 +277,11 @@ def test_another_bias_never_reuses_answers(tmp_path: Path, monkeypatch: pytest.M
 def test_a_run_can_be_the_target(tmp_path: Path) -> None:
     settings, run = resolved(tmp_path, "calibrate=0.6")
     reference = Run(tmp_path / "stl")
-    folders.save_full(models.random_policy(settings.model, 5), reference.stage("contrastive"))
+    outspoken = models.random_policy(settings.model, 27)
+    with torch.no_grad():
+        for weight in outspoken.model.parameters():
+            weight *= 1 if weight.dim() == 1 else 5  # so that some prompts open as a refusal does
+    folders.save_full(outspoken, reference.stage("contrastive"))
     made = {"method": "dcr", "seed": 0, "preset_name": "-", "dcr": {}, "sft": {}}
     made |= {"model": config.plain(settings.model), "data": {"toxic": {"source": ["harmfulqa"]}}}
     reference.config_file.write_text(yaml.safe_dump(made))
@@ -287,7 +291,7 @@ def test_a_run_can_be_the_target(tmp_path: Path) -> None:
     rows = read("contrasts_toxic_heldout")
     forks = [f for batch in calibration.beginnings(policy, chat, rows, 3) for f in batch]
     opened = sum(fork.margin > 0 for fork in forks)
-    assert opened > 0
+    assert 0 < opened < 119
     eval_entry.evaluate(settings, run)
     (found,) = measured(run)
     assert found["calibration"]["target"] == pytest.approx(opened / 119)

@@ -11,6 +11,7 @@ from conftest import Ended
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+pytestmark = pytest.mark.usefixtures("composed_once")
 BY_HAND = re.compile(r"^ *python (train\.py|eval\.py|-m dcr\.report) (.*)$", re.M)
 
 

@@ -26,6 +26,7 @@ from dcr.core.runs import Run, append_metrics
 from dcr.report import building, paper
 from dcr.study import STUDIES, Job, Options
 
+pytestmark = pytest.mark.usefixtures("composed_once")
 TWO_RATES = "sft.lr=1e-3,2e-3"
 
 
