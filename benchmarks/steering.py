@@ -30,7 +30,8 @@ from rich.console import Console
 from rich.table import Table
 
 from dcr import cli, extensions
-from dcr.contrast import ContrastConfig as GenConfig
+from dcr.contrast import ContrastConfig
+from dcr.contrast.decoding import asked_for
 from dcr.core import generation, models, prompts, refusal, sources
 from dcr.core.config import Kind, Precision, resolving
 from dcr.core.models import Policy, folders, structure
@@ -108,11 +109,16 @@ def counted(model: Any) -> Iterator[list[int]]:
 
 
 def answers(
-    policy: Policy, chat: ChatFormat, rows: Sequence[Example], settings: GenConfig
+    policy: Policy, chat: ChatFormat, rows: Sequence[Example], settings: ContrastConfig
 ) -> dict[str, str]:
     openings = refusal.refusal_openings(chat)
     batches = generation.complete(
-        policy, chat, rows, settings, score=lambda logits: refusal.refusal_mass(logits, openings)
+        policy,
+        chat,
+        rows,
+        settings,
+        score=lambda logits: refusal.refusal_mass(logits, openings),
+        decoding=asked_for(settings),
     )
     return {done.id: done.response for batch in batches for done in batch}
 
@@ -121,7 +127,7 @@ def compared(settings: EvalSettings, options: dict[str, str]) -> Table:
     policy = models.open_policy(settings.model, Precision.fp32)
     chat = prompts.chat_format(policy.tokenizer, settings.model)
     rows = questions(int(options["prompts"]))
-    plain = GenConfig(max_new_tokens=int(options["new"]), batch_size=int(options["batch"]))
+    plain = ContrastConfig(max_new_tokens=int(options["new"]), batch_size=int(options["batch"]))
     methods = ("scans", "surgical", "ablation")
     edits = {m: found_edits(settings, policy, chat, m) for m in methods}
 
