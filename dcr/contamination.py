@@ -73,10 +73,9 @@ def texts_of(data: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, li
         rows = record.get("rows", {}).get(part)
         if not rows or not rows["ids"]:
             continue
-        names = rows["sources"] if node is None else data[node]["source"]
-        for row in read_rows(
-            names, rows["ids"], kind, root=data["root"], expected=rows["fingerprint"]
-        ):
+        names = rows.get("sources") or data[node]["source"]  # as runs from before this key had it
+        places, expected = rows.get("places"), rows["fingerprint"]
+        for row in read_rows(names, rows["ids"], kind, data["root"], places, expected):
             learnt = [row.prompt, row.response] if answers and row.response else [row.prompt]
             texts.setdefault(row.source, []).extend(learnt)
     return texts
@@ -86,27 +85,28 @@ def read_rows(
     names: Sequence[str],
     ids: Sequence[str],
     kind: Kind,
-    *,
     root: str | None = None,
+    places: Sequence[int] | None = None,
     expected: str | None = None,
 ) -> list[Example]:
     """The rows that a run recorded by id, in that order, read again from its sources.
 
-    If several of `names` hold an id, it stands for the first of those rows not used yet.
-    `expected` is the fingerprint that the run recorded. Raises DataError if an id is gone or the
-    texts have changed, and whatever `read` raises.
+    `places` are those of the rows' sources among `names`. Without them an id that several of these
+    hold stands for the first of those rows not used yet. `expected` is the fingerprint that the run
+    recorded. Raises DataError if an id is gone or the texts have changed, and whatever `read`
+    raises.
     """
-    by_id: defaultdict[str, list[Example]] = defaultdict(list)
-    for name in names:
-        for example in sources.read(name, root=root, kind=kind, scored=True):
-            by_id[example.id].append(example)
-    where = ", ".join(names)
-    if missing := [identity for identity in ids if identity not in by_id]:
+    held: defaultdict[tuple[int | None, str], list[Example]] = defaultdict(list)
+    for place, name in enumerate(names):
+        for row in sources.read(name, root=root, kind=kind, scored=True):
+            held[place if places else None, row.id].append(row)
+    where, asked = ", ".join(names), [*zip(places or [None] * len(ids), ids, strict=True)]
+    if missing := [identity for place, identity in asked if (place, identity) not in held]:
         raise DataError(
             f"{where}: no row is called {missing[0]!r} any more ({len(missing)} of {len(ids)} "
             "gone); set data.root to the files that the run was trained on"
         )
-    rows = [by_id[i].pop(0) if len(by_id[i]) > 1 else by_id[i][0] for i in ids]
+    rows = [held[key].pop(0) if len(held[key]) > 1 else held[key][0] for key in asked]
     if expected is not None and sources.fingerprint(rows) != expected:
         raise DataError(
             f"{where}: not the texts that the run was trained on; "

@@ -1,13 +1,18 @@
 """Exact and near duplicates against a brute-force comparison."""
 
+import json
 import random
 import string
+from pathlib import Path
 
 import pytest
 
-from dcr.contamination import report
-from dcr.core.data import COMPARED_CHARACTERS, Overlap, overlaps
+from dcr.contamination import report, texts_of
+from dcr.core import sources
+from dcr.core.config import Kind
+from dcr.core.data import COMPARED_CHARACTERS, Overlap, Splits, overlaps, row_record
 from dcr.core.text import normalise
+from tests.tiny_run import write_jsonl
 
 
 def longest_common_subsequence(a: str, b: str) -> int:
@@ -180,3 +185,18 @@ def test_report_equals_brute_force(ngram: int) -> None:
         if way != "by_source"
     }
     assert all(reached.values()), reached  # the test reaches each
+
+
+def test_rows_of_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    """Ids default to a file's name and line, so that two folders may bring the same ones."""
+    files = [
+        write_jsonl(tmp_path / word / "mine.jsonl", ({"prompt": f"{word} {n}"} for n in range(9)))
+        for word in ("one", "two")
+    ]
+    both = [row for file in files for row in sources.read(file, kind=Kind.toxic)]
+    assert len({row.id for row in both}) == 9
+    node = {"root": None, "toxic": {"source": files}}
+    for drawn in (sources.draw(both, 11, seed=0), [row for row in both if "two" in row.prompt]):
+        record = json.loads(json.dumps(row_record(Splits(toxic=drawn))))
+        expected = {f: [row.prompt for row in drawn if row.source == f] for f in files}
+        assert texts_of(node, record) == {f: texts for f, texts in expected.items() if texts}

@@ -267,6 +267,48 @@ def test_a_set_that_only_its_contrast_is_trained_on_stays_clean(
     assert rows.dropped == {"safety: is a prompt of xstest_unsafe": 3}
 
 
+@pytest.mark.parametrize(
+    ("trained", "evaluated", "marked", "dropped"),
+    [
+        ("coconot_safety", "coconot_contrast", True, 0),  # a part of what is evaluated
+        ("coconot_contrast", "coconot_safety", True, 0),
+        ("coconot_safety", "coconot_contrast_test", False, 20),  # two parts that share rows
+        ("coconot_contrast", "coconot_contrast_final", False, 20),  # no part that can be learnt
+    ],
+)
+def test_a_set_is_marked_or_kept_apart_where_training_reads_a_part_of_it(
+    trained: str, evaluated: str, marked: bool, dropped: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = [sentence("safe", i) for i in range(20)]
+    made = {
+        trained: [*shared, *(sentence("more", i) for i in range(20))],
+        evaluated: shared,
+        "stl_safety": [sentence("toxic", i) for i in range(60)],
+        "alpaca": [sentence("normal", i) for i in range(9)],
+    }
+
+    def read(name: str, *, root: str | None, kind: Any, **_: Any) -> list[Example]:
+        rows = enumerate(made[name])
+        return [Example(f"{name}-{i}", text, kind, name, response=REFUSED) for i, text in rows]
+
+    monkeypatch.setattr(sources, "read", read)
+    config = DataConfig(
+        label="made",
+        seemingly_toxic=CountedSourceConfig([trained], count=20),
+        toxic=SourceConfig(["stl_safety"]),
+        safety=SafetyPairsConfig(["stl_safety"], count=10),
+        normal=CountedSourceConfig(["alpaca"]),
+        evaluation=EvaluationSets(over_refusal=[evaluated]),
+    )
+    readout = ReadoutConfig(seemingly_toxic=[trained], toxic=["stl_safety"], steps=1)
+    for rows, node in (
+        (split(config, ratio=1), "seemingly_toxic"),
+        (data.split(config, 1, 0, False, readout=readout), "readout_seemingly_toxic"),
+    ):
+        assert rows.in_distribution == [evaluated] * marked
+        assert rows.dropped == ({f"{node}: is a prompt of {evaluated}": dropped} if dropped else {})
+
+
 # --- groups and records -------------------------------------------------------------------------
 
 

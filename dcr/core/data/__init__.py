@@ -7,7 +7,7 @@ drop, and which sets are in-distribution by design (XSTest safe for stage one) a
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -115,11 +115,11 @@ class Cleaning:
         for name in names or getattr(self.config, node).source:
             pairs = node in PAIR_NODES
             read = sources.read(name, root=self.config.root, kind=kind, pairs=pairs, key=key)
-            exempt = {name}
+            exempt = self.holding({name})
             if names is not None:
                 exempt |= self.contrasts(name)
             elif node in CONTRASTIVE_NODES:
-                exempt |= self._used(CONTRASTIVE_NODES) | self.contrasts(name)
+                exempt |= self.holding(self._used(CONTRASTIVE_NODES)) | self.contrasts(name)
             rows += self.apart_from_evaluation(node, read, exempt)
         return self.once(node, rows)
 
@@ -160,20 +160,33 @@ class Cleaning:
 
         To drop one for the other's sake would take the very rows that are meant to be learnt.
         """
-        files = {
-            n: sources.SOURCES[n].file for n in [name, *self.evaluated] if n in sources.SOURCES
+        known, own = sources.SOURCES, sources.SOURCES.get(name)
+        return {
+            n
+            for n in known.keys() & self.evaluated
+            if own and own.file and own.file == known[n].file and own.kind is not known[n].kind
         }
-        file = files.get(name)
-        return {n for n, other in files.items() if file is not None and other == file}
+
+    def holding(self, names: Iterable[str]) -> set[str]:
+        """The evaluation sets that are these sources, or parts of them, or have them as a part.
+
+        They are evaluated in-distribution. Rows that are kept apart are no such part.
+        """
+        wholes = {n: of.part_of for n, of in sources.SOURCES.items() if not of.final}
+        return {
+            n
+            for n in self.evaluated
+            for name in names
+            if n == name or wholes.get(n) == name or wholes.get(name) == n
+        }
 
     def _used(self, nodes: Sequence[str]) -> set[str]:
         return {name for node in nodes for name in getattr(self.config, node).source}
 
     def in_distribution(self, contrastive: bool) -> list[str]:
         """Evaluation sets that a run is trained on."""
-        used = self._used(("safety", "normal", *(CONTRASTIVE_NODES if contrastive else ())))
-        wholes = {name: s.part_of for name, s in sources.SOURCES.items()}
-        return sorted(n for n in self.evaluated if n in used or wholes.get(n) in used)
+        nodes = ("safety", "normal", *(CONTRASTIVE_NODES if contrastive else ()))
+        return sorted(self.holding(self._used(nodes)))
 
 
 Added = Callable[[Splits, Cleaning], Splits]
@@ -311,7 +324,7 @@ def with_readout(rows: Splits, readout: ReadoutConfig, seed: int, cleaning: Clea
         parts |= {name: kept, f"{name}_heldout": heldout}
         learnt = {row.id for row in kept}
         unseen -= {_group(row) for row in rows_of_kind if row.id in learnt}
-    evaluated = {*readout.seemingly_toxic, *readout.toxic} & set(cleaning.evaluated)
+    evaluated = cleaning.holding((*readout.seemingly_toxic, *readout.toxic))
     in_distribution = sorted({*rows.in_distribution, *evaluated})
     return replace(rows, **parts, in_distribution=in_distribution, unseen_groups=sorted(unseen))
 
@@ -325,11 +338,12 @@ def _shuffled(rows: list[Example], seed: int) -> list[Example]:
 
 
 def row_record(rows: Splits, about: Mapping[str, Any] | None = None) -> dict[str, object]:
-    """Ids and fingerprint of every list of rows, and what else is told `about` them."""
+    """Ids, sources and fingerprint of every list of rows, and what else is told `about` them."""
     recorded = {name: sources.record(part) for name, part in rows.parts().items()}
-    for name in recorded:
-        if name.startswith(RARE) and not name.endswith("heldout"):  # theirs is no node of `data`
-            recorded[name]["sources"] = sorted({row.source for row in rows.parts()[name]})
+    for name, part in rows.parts().items():
+        recorded[name]["sources"] = of = sorted({row.source for row in part})
+        if len(of) > 1:  # two files may hold one id
+            recorded[name]["places"] = [of.index(row.source) for row in part]
     named = sorted({row.source for part in rows.parts().values() for row in part})
     own = {name: made for name in named if (made := sources.origin(name))}
     return {
