@@ -25,6 +25,7 @@ from dcr.core.config import (
     DataConfig,
     DataError,
     EvaluationSets,
+    OwnPath,
     SafetyPairsConfig,
     SourceConfig,
     UserError,
@@ -35,7 +36,7 @@ from dcr.core.runs import Run
 from dcr.extensions import TrainSettings
 from dcr.plan import expected
 from dcr.stl_aug import AugmentConfig
-from dcr.stl_aug.rows import added
+from dcr.stl_aug.rows import added, read_answers
 from tests import forked, tiny_run
 from tests.servers.loopback import Answer
 from tests.servers.scripted import Body, Scripted, last_user, rejected, scripted
@@ -241,6 +242,25 @@ def test_an_answer_that_refuses_is_named_by_line(folder: Folder, response: str, 
     with pytest.raises(DataError, match=rf"^{file}:4: response: .*\({rules}\)") as caught:
         split(folder.config(), file)
     assert "\n" not in str(caught.value)
+
+
+def test_an_answer_of_ones_own_class_that_refuses_is_named_by_its_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_answers.py").write_text(f"""
+from dataclasses import dataclass
+from dcr.core.sources import Rows
+
+@dataclass
+class Answers(Rows):
+    def rows(self, kind):
+        return [{{"prompt": text, "response": text}} for text in ("Yes.", {REFUSED!r})]
+""")
+    monkeypatch.syspath_prepend(tmp_path)
+    path = OwnPath("own_answers:Answers")
+    path.settings = {}
+    with pytest.raises(DataError, match=r"^own_answers:Answers:2: response: of Answers-2: a refus"):
+        read_answers(path, None)
 
 
 def test_rows_that_cannot_be_learnt_are_refused(folder: Folder) -> None:

@@ -55,12 +55,19 @@ class Picky(Odd):
         if self.least > 9:
             raise ValueError("least is 9 at most")
 
+        if self.least < 0:
+            raise KeyError("least")
+
 @dataclass
 class Silent(Judge):
     labels = ()
 
     def judge(self, answers):
         return []
+
+@dataclass
+class Typeless(Odd):
+    least: "Nowhere" = 1
 
 @dataclass
 class Depth(Task):
@@ -298,6 +305,11 @@ def checked(*words: str) -> None:
             "own.Tone.least=x: give a whole number",
         ),
         ("judge=[own_lab:Picky] own.Picky.least=10", "own.Picky: least is 9 at most"),
+        (
+            "judge=[own_lab:Picky] own.Picky.least=-1",
+            "own.Picky: cannot be made (KeyError: 'least'); mend the class",
+        ),
+        ("judge=[own_lab:Typeless]", "own.Typeless: cannot be made (PydanticUserError: "),
         ("judge=[own_lab:Tone] own.Tone.lest=1", "own.Tone.lest: no such setting; did you mean le"),
         ("judge=[own_lab:Tone] own.Tune.least=1", "own.Tune: no setting names a class of this nam"),
         ("own.Tone.least=1", "own.Tone: no setting names a class of this name; name it as package"),

@@ -112,6 +112,9 @@ def with_settings(own: type[Part], given: Mapping[str, Any]) -> Part:
         place = "".join(f" ({each})" for each in within)
         cure = CURES.get(first["type"].split("_")[0]) or first["msg"].removeprefix("Value error, ")
         raise ConfigError(f"{key}{value}{place}: {cure}") from error
+    except Exception as error:  # of a type that no setting has, or raised by the class
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        raise ConfigError(f"own.{own.__name__}: cannot be made ({why}); mend the class") from error
 
 
 def origin(part: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dcr import keywords
 from dcr.core import sources
-from dcr.core.config import ConfigError, DataConfig, DataError, Kind, TrainConfig
+from dcr.core.config import ConfigError, DataConfig, DataError, Kind, TrainConfig, is_path
 from dcr.core.data import Cleaning, Splits, overlaps, without
 from dcr.core.sources import SOURCES, Example, jsonl
 from dcr.stl_aug import AugmentConfig
@@ -25,9 +25,10 @@ def added(settings: TrainConfig, rows: Splits, cleaning: Cleaning) -> Splits:
         answers = cleaning.clean("seemingly_toxic", Kind.seemingly_toxic)
     else:
         answers = read_answers(named, config.root)
-        exempt = {named}  # the prompts of these sets are answered by design
+        # the prompts of these sets are answered by design
+        exempt = cleaning.holding([named, *config.seemingly_toxic.source])
         for source in config.seemingly_toxic.source:
-            exempt |= {source} | cleaning.contrasts(source)
+            exempt |= cleaning.contrasts(source)
         answers = cleaning.apart_from_evaluation("augmented", answers, exempt)
         answers = cleaning.once("augmented", answers)
     answers, unseen = sources.split_by_group(answers, config.group_holdout, cleaning.seed)
@@ -80,11 +81,10 @@ def read_answers(name: str, root: str | None) -> list[Example]:
             f"out={name} …`, or name your own"
         )
     rows = sources.read(name, root=root, kind=Kind.seemingly_toxic, pairs=True)
-    for place, row in enumerate(rows):
+    for row in rows:
         if rules := keywords.refusing_rules(row.response or ""):
-            where = name if name in SOURCES else f"{name}:{_line(name, place)}"
             raise DataError(
-                f"{where}: response: of {row.id}: a refusal by the keyword filter "
+                f"{_place(name, row)}: response: of {row.id}: a refusal by the keyword filter "
                 f"({', '.join(rules)}); STL-aug learns compliant answers, so remove the row or "
                 "answer it"
             )
@@ -107,7 +107,13 @@ def answered(rows: Sequence[Example], data: DataConfig) -> list[Example]:
     return compliant
 
 
-def _line(path: str, place: int) -> int:
-    """The line of a file's row, counted from 1; rows are counted from 0."""
-    with open(path, "rb") as stream:
-        return [number for number, _ in jsonl.rows(stream, path)][place]
+def _place(name: str, row: Example) -> str:
+    """The source of a row, with its line in a file, or its number among those of a user's class."""
+    if name in SOURCES:
+        return name
+    whole = sources.read(name, kind=Kind.seemingly_toxic, pairs=True, scored=True)
+    number = whole.index(row)
+    if is_path(name):
+        return f"{name}:{number + 1}"
+    with open(name, "rb") as stream:
+        return f"{name}:{[line for line, _ in jsonl.rows(stream, name)][number]}"
