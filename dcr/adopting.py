@@ -1,7 +1,7 @@
 """Stages that a run takes over from another with the same settings and rows, by hard links.
 
-Runs that agree in model, data, seed and `dcr` share stage one, and those that agree in everything
-but the readout share SFT.
+Runs that agree in model, data, seed and `dcr` share stage one, if the pairs that its NLL may learn
+are laid out alike. Those that agree in everything but the readout share SFT.
 """
 
 import os
@@ -37,7 +37,8 @@ def made_of(made_with: Mapping[str, Any], stage: Stage) -> str:
     """A fingerprint of the part of a run's configuration that a shared stage depends on."""
     decisive = runs.binding(made_with)
     if stage is Stage.contrastive:
-        return storage.fingerprint({key: decisive.get(key) for key in STAGE_ONE})
+        nodes = {key: decisive.get(key) for key in STAGE_ONE}
+        return storage.fingerprint(nodes | runs.of_general_pairs(decisive))
     sft = {key: value for key, value in decisive["sft"].items() if key != "readout"}
     return storage.fingerprint(decisive | {"sft": sft})
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 import yaml
 
+from dcr import adopting
 from dcr.core import machine, runs, storage
-from dcr.core.config import ConfigError, DataError, UserError
+from dcr.core.config import ConfigError, DataError, Stage, UserError
 from dcr.core.runs import Run
 from tests.tiny_run import failing
 
@@ -62,6 +63,31 @@ def test_another_configuration_is_refused_with_the_differences(tmp_path: Path) -
     assert run.config() == CONFIG, "nothing was written"
     claim(run, other, force=True)
     assert run.config() == other
+
+
+@pytest.mark.parametrize(
+    ("nll", "shared"),
+    [
+        ({"source": "prompt_tokens", "weight": 0.1}, True),
+        ({"source": "general", "weight": 0.0}, True),
+        ({"source": "general", "weight": 0.1}, False),  # whose pairs are laid out as SFT's
+    ],
+)
+@pytest.mark.parametrize("key", ["max_len", "train_on_prompt"])
+def test_a_stage_one_with_general_pairs_depends_on_their_length(
+    nll: dict[str, Any], shared: bool, key: str, tmp_path: Path
+) -> None:
+    run, before = Run(tmp_path), {**CONFIG, "dcr": {"nll": nll}, "sft": {key: 512, "epochs": 1}}
+    run.stage("contrastive").mkdir()
+    claim(run, before, force=False)
+    longer = {**before, "sft": {key: 1024, "epochs": 1}}
+    made = [adopting.made_of(each, Stage.contrastive) for each in (before, longer)]
+    assert (made[0] == made[1]) is shared
+    if shared:
+        return claim(run, longer, force=True)
+    with pytest.raises(ConfigError, match=f"sft.{key}: 512 -> 1024.*contrastive is done there"):
+        claim(run, longer, force=True)
+    claim(run, {**before, "sft": {key: 512, "epochs": 2}}, force=True)
 
 
 def test_differences_name_every_leaf() -> None:

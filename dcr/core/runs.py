@@ -34,7 +34,15 @@ from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
 from dcr.core import config, machine, storage
-from dcr.core.config import STAGES, ConfigError, DataError, Language, Precision, Quantization
+from dcr.core.config import (
+    STAGES,
+    ConfigError,
+    DataError,
+    Language,
+    NLLSource,
+    Precision,
+    Quantization,
+)
 
 log = logging.getLogger(__name__)
 
@@ -265,6 +273,14 @@ def binding_model(made_with: Mapping[str, Any]) -> dict[str, Any]:
     return decisive
 
 
+def of_general_pairs(made_with: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of SFT that stage one depends on: of the pairs of its NLL, where it has them."""
+    nll, sft = (made_with.get("dcr") or {}).get("nll") or {}, made_with.get("sft") or {}
+    if nll.get("source") != NLLSource.general.value or not nll.get("weight"):
+        return {}
+    return {f"sft.{key}": sft.get(key) for key in ("max_len", "train_on_prompt")}
+
+
 def check_config(run: Run, made_with: Mapping[str, Any], force: bool) -> bool:
     """Whether what is not done has to begin anew, as the configuration in the folder is another.
 
@@ -274,8 +290,8 @@ def check_config(run: Run, made_with: Mapping[str, Any], force: bool) -> bool:
     if run.config_file.exists():
         # only the stages' own precision matters, not the key that they take it from
         before, now = (binding(each) | {"precision": None} for each in (run.config(), made_with))
-        changed = storage.differences(before, now)
-        return _differs(run, "made with another configuration", changed, force)
+        changed, needed = storage.differences(before, now), tuple(of_general_pairs(made_with))
+        return _differs(run, "made with another configuration", changed, force, needed)
     return False
 
 
@@ -329,20 +345,22 @@ def claim_base(run: Run, stage: str, weights: str, force: bool) -> None:
     storage.write_json(run.base_file, now)
 
 
-def _differs(run: Run, how: str, changed: list[str], force: bool) -> bool:
+def _differs(
+    run: Run, how: str, changed: list[str], force: bool, needed: tuple[str, ...] = ()
+) -> bool:
     """Whether unfinished stages begin anew, as `force` lets them in a folder of other settings.
 
     Raises ConfigError for such a folder without it.
 
     A finished stage stays, so `force` does not help if it depends on the change: settings, weights
-    and card would disagree.
+    and card would disagree. `needed` are settings of SFT that stage one depends on.
     """
     if not changed:
         return False
     fault = f"{run.folder} was {how} ({'; '.join(changed[:6])})"
     done = [stage.value for stage in STAGES if run.done(stage.value)]
     of_later = OF_LATER.get(done[-1], ()) if done else ()
-    if done and not all(change.startswith(of_later) for change in changed):
+    if done and not all(c.startswith(of_later) and not c.startswith(needed) for c in changed):
         raise ConfigError(
             f"{fault}; {done[-1]} is done there and would not be trained anew: name another "
             "folder with run="
