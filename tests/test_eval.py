@@ -130,6 +130,28 @@ def test_discernment_reads_each_prompt_once_and_generates_nothing(
     assert metrics_of(run)[0]["discernment"] == found["discernment"]
 
 
+def test_two_commands_measure_what_one_for_both_kinds_does(fresh: Run, tmp_path: Path) -> None:
+    """Counts, other judges' words, their agreement and the ranking come to the same."""
+    rows = [f"data.evaluation.safety=[{tiny_run.write_rows(tmp_path)['toxic']}]", "limit=6"]
+    told = [*rows, "wandb.mode=disabled", "judge=[keyword,outcome]"]
+    apart = Run(tmp_path / "apart")
+    shutil.copytree(fresh.folder, apart.folder)
+    commands = (fresh, "over_refusal,safety"), (apart, "over_refusal"), (apart, "safety")
+    for run, tasks in commands:
+        eval_entry.evaluate(*resolved(f"run={run.folder}", f"tasks=[{tasks}]", *told))
+    (whole,), (parts,) = metrics_of(fresh), metrics_of(apart)
+    for found in (whole, parts):
+        found["agreement"].sort(key=str)
+        for key in ("seconds", "peak_memory_gib", "decoding"):
+            del found[key]
+    assert len(whole["sets"]) == 2
+    assert whole["discernment"]["pooled"]["toxic"] == 6
+    assert parts == whole
+    eval_entry.evaluate(*resolved(f"run={apart.folder}", "tasks=[safety]", *told, "data=paper"))
+    (other,) = metrics_of(apart)
+    assert [*other["sets"]] == ["toxic"], "of other data nothing is taken over"
+
+
 def test_metrics_of_another_limit_are_set_aside(trained: Run, tmp_path: Path) -> None:
     run = Run(tmp_path / "run")
     shutil.copytree(trained.folder, run.folder, ignore=shutil.ignore_patterns("eval"))
@@ -340,6 +362,20 @@ def test_a_template_is_known_by_what_it_says(tiny_folder: Path, tmp_path: Path) 
     assert answers_of(*in_folder(tiny_folder, f"model.template={moved}")) != before
 
 
+def test_a_template_that_is_no_text_is_named_before_weights_open(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = tmp_path / "chat.jinja"
+    template.write_bytes(b"{{ messages }} caf\xe9")
+    monkeypatch.delattr(subjects, "opened")
+    settings, run = in_folder(tiny_folder, f"model.template={template}")
+    says = rf"model\.template={template}: is not UTF-8; save the file as UTF-8"
+    with pytest.raises(ConfigError, match=says):
+        answers_of(settings, run)
+    with pytest.raises(ConfigError, match=says):
+        eval_entry.evaluate(settings, run)
+
+
 def test_an_adapter_by_its_folder_stands_on_its_own_base(fresh: Run) -> None:
     settings, run = in_folder(fresh.stage("sft"), "data=demo")
     eval_entry.evaluate(settings, run)
@@ -421,6 +457,7 @@ def test_tasks_without_a_prompt_are_refused(tasks: str, empty: list[str], tmp_pa
 
 def test_tasks_that_need_no_prompts_go_on_without_any() -> None:
     told = ("model=tiny", "data.evaluation.over_refusal=[]", "data.evaluation.safety=[]")
+    assert len(metrics.read(resolved("model=tiny", "tasks=[safety,safety]")[0]).sets) == 1
     settings, _ = resolved(*told, "tasks=[safety,ability]")
     asked = metrics.read(settings)
     assert ([*asked.tasks], asked.sets, asked.ranked) == (["ability"], [], [])

@@ -13,6 +13,7 @@ from sklearn.metrics import cohen_kappa_score
 
 from dcr import keywords
 from dcr.core.config import ConfigError, Kind, UserError
+from dcr.core.evaluation.sets import PromptSet
 from dcr.core.generation import Completion
 from dcr.endpoints import HTTPConfig, ServerConfig
 from dcr.endpoints.servers import EndpointError
@@ -450,6 +451,20 @@ def test_usage_counts_a_response_once_and_only_what_was_answered() -> None:
     assert judges.usage(found, priced) == used | {"usd": pytest.approx(0.0005)}
     assert judges.usage(found, ServerConfig(model="m")) == used | {"usd": None}
     assert judges.usage(found, GuardConfig(model="g")) == used | {"usd": None}
+
+
+def test_the_cost_of_a_judge_holds_what_earlier_commands_asked(
+    serve: Serve, tmp_path: Path
+) -> None:
+    """As where one command asks about over-refusal, and the next about safety."""
+    server = serve(lambda body: moderated(violence=False, hate=False))
+    asked, table = settings(server.url), judges.JudgeTable()
+    for name, texts, requests in (("one", ("a", "b"), 2), ("two", ("b", "c"), 3)):
+        rows = [answer(f"{name}-{text}", text, prompt="same") for text in texts]
+        part = PromptSet(name, Kind.toxic, [])
+        found = table.judged(["moderation"], asked, [part], {name: rows}, {}, tmp_path)
+        assert found.blocks["usage"]["moderation"]["requests"] == requests
+    assert len(server.requests) == 3
 
 
 def verdicts(text: str, about: str = "compliance") -> list[Verdict]:

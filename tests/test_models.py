@@ -494,6 +494,14 @@ def test_the_embedded_base_is_found_on_another_machine(
     assert folders.adapter_base(tmp_path / "run" / "sft") == str(policy_folder())
 
 
+def test_an_adapter_on_itself_is_named(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": str(tmp_path)})
+    )
+    with pytest.raises(ConfigError, match=f"{tmp_path}: its base {tmp_path} is an adapter, too"):
+        folders.adapter_base(tmp_path)
+
+
 def policy_folder() -> Path:
     return storage.cache_folder() / "smollm2-135m-instruct"
 

@@ -2,6 +2,8 @@
 
 import json
 import random
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -270,6 +272,29 @@ def complete(
             yield [answered(row, f"to {row.prompt}") for row in batch]
 
     return sets.kept(asked_sets, answer, folder, Completion, "generating", False)
+
+
+def test_two_commands_that_need_the_same_answers_ask_for_them_once(tmp_path: Path) -> None:
+    """As two that calibrate to one run, whose folder neither of them has claimed."""
+    asked: list[str] = []
+    begun, prompt_set = threading.Event(), PromptSet("a", Kind.toxic, rows("a", 3, Kind.toxic))
+
+    def slowly(rows: list[Example]) -> Iterator[list[Completion]]:
+        for row in rows:
+            asked.append(row.prompt)
+            begun.set()
+            time.sleep(0.1)
+            yield [answered(row, "here")]
+
+    def command() -> dict[str, list[Completion]]:
+        return sets.kept([prompt_set], slowly, tmp_path, Completion, "generating", False)
+
+    first = threading.Thread(target=command)
+    first.start()
+    begun.wait()
+    assert len(command()["a"]) == 3
+    first.join()
+    assert asked == [row.prompt for row in prompt_set.rows]
 
 
 def test_a_row_whose_prompt_changed_is_asked_again(tmp_path: Path) -> None:

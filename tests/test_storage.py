@@ -5,6 +5,7 @@ for every store of answers; the truth is a command that nothing ended.
 """
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -184,6 +185,20 @@ def test_what_is_being_written_is_left_alone(tmp_path: Path) -> None:
             (other / "a").write_text("other")
         assert (staging / "a").exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "sft"]
+
+
+def test_processes_take_turns_in_a_folder_and_leave_no_empty_one(tmp_path: Path) -> None:
+    folder = tmp_path / "eval" / "x"
+    with storage.in_turn(folder):
+        turns = os.open(folder, os.O_RDONLY)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(turns, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.flock(turns, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(turns)
+    assert list(tmp_path.iterdir()) == []
+    with storage.in_turn(folder):
+        storage.write_text(folder / "kept", "")
+    assert (folder / "kept").is_file()
 
 
 def test_a_folder_that_stayed_empty_is_removed(tmp_path: Path) -> None:

@@ -354,12 +354,25 @@ def chosen_template(tokenizer: Tokenizer, named: str | None, model: str) -> str:
         return _with_begin_token(tokenizer, PLAIN)
     if named in TEMPLATES:
         return _with_begin_token(tokenizer, TEMPLATES[named])
-    if Path(named).is_file():
-        try:
-            return Path(named).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"model.template={named}: cannot be read ({error})") from error
+    if (text := written_template(named)) is not None:
+        return text
     raise ConfigError(f"model.template={named}: give {', '.join(TEMPLATES)} or a .jinja file")
+
+
+def written_template(named: str | None) -> str | None:
+    """The text of a user's template; None if `model.template` names no file.
+
+    Raises ConfigError where it cannot be read.
+    """
+    if not named or not Path(named).is_file():
+        return None
+    try:
+        return Path(named).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ConfigError(f"model.template={named}: is not UTF-8; save the file as UTF-8") from None
+    except OSError as error:
+        why = error.strerror or error
+        raise ConfigError(f"model.template={named}: cannot be read ({why}); mend it") from error
 
 
 def _with_begin_token(tokenizer: Tokenizer, template: str) -> str:

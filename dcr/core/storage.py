@@ -8,6 +8,7 @@ import fcntl
 import functools
 import hashlib
 import json
+import logging
 import os
 import shutil
 import socket
@@ -24,6 +25,8 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
 from dcr.core.config import DataError, UserError
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -145,18 +148,37 @@ def made_once(folder: Path, make: Callable[[Path], object]) -> Path:
     """
     if (folder / "config.json").exists():
         return folder
-    with _writing(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        waiting = os.open(folder.parent, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(waiting, fcntl.LOCK_EX)
+    with in_turn(folder.parent):
         if not (folder / "config.json").exists():
             with replaced_folder(folder) as staging:
                 make(staging)
+    return folder
+
+
+@contextmanager
+def in_turn(folder: Path) -> Iterator[None]:
+    """Waits until no other process is in this block for the folder, which is made for it.
+
+    A folder that was made and stayed empty is removed, with the parents made for it. Raises
+    UserError with the path if it cannot be made or opened.
+    """
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        waiting = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(waiting, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log.info("%s: another process writes there; waiting for it", folder)
+                fcntl.flock(waiting, fcntl.LOCK_EX)
+        yield
     finally:
         os.close(waiting)
-    return folder
+        with suppress(OSError):  # something was written
+            for place in made:
+                place.rmdir()
 
 
 def _exchange(staging: Path, folder: Path) -> None:

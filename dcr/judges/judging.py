@@ -151,7 +151,9 @@ class JudgeTable(Judges):
                 else:
                     counted[of][told] = outcome_counts(rows)
             if node:
-                spent[told] = usage(chain.from_iterable(verdicts.values()), node)
+                # all that it was asked about these answers, by earlier commands too
+                stored = _stored(_place(name, judging.identity(settings), folder))
+                spent[told] = usage(chain.from_iterable(stored.values()), node)
         agreement = agreements({b.name: b.kind for b in sets}, said)
         return Judged(counted, {"agreement": agreement, "usage": spent})
 
@@ -178,7 +180,7 @@ def judge(
     """
     judging = judging_of(name, settings)
     identity = judging.identity(settings)
-    place = folder / "verdicts" / f"{class_of(name)}-{storage.fingerprint(identity)}"
+    place = _place(name, identity, folder)
     homes: dict[str, list[Home]] = {}  # by fingerprint, the places of each distinct response
     by_content: dict[str, Completion] = {}
     for set_name, rows in answers.items():
@@ -214,6 +216,16 @@ def judge(
     }
 
 
+def _place(name: str, identity: Mapping[str, object], folder: Path) -> Path:
+    """The folder of a judge's verdicts on answers in `folder`."""
+    return folder / "verdicts" / f"{class_of(name)}-{storage.fingerprint(identity)}"
+
+
+def _stored(place: Path) -> dict[str, list[Verdict]]:
+    """The verdicts of a folder by set."""
+    return {f.stem: storage.read_lines(f, Verdict) for f in sorted(place.glob("*.jsonl"))}
+
+
 def _asked(
     name: str,
     judging: Judging,
@@ -240,10 +252,10 @@ def _settled(place: Path, homes: Mapping[str, Sequence[Home]]) -> dict[str, Verd
     """The verdicts that `place` holds, by answer; adds those of `homes` to the file of each set."""
     filed: set[tuple[str, Home]] = set()
     known: dict[str, Verdict] = {}
-    for file in sorted(place.glob("*.jsonl")):
-        for verdict in storage.read_lines(file, Verdict):
+    for set_name, verdicts in _stored(place).items():
+        for verdict in verdicts:
             if verdict.settled:
-                filed.add((verdict.of, (file.stem, verdict.id)))
+                filed.add((verdict.of, (set_name, verdict.id)))
                 known[verdict.of] = verdict
     wanted = [(of, home) for of, each in homes.items() if of in known for home in each]
     _append(place, [(known[of], home) for of, home in wanted if (of, home) not in filed])

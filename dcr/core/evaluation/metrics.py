@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dcr.core import extending, machine, results, storage
+from dcr.core import extending, generation, machine, results, storage
 from dcr.core.config import ConfigError, Kind
 from dcr.core.config.evaluation import EvalConfig
 from dcr.core.evaluation import protocols, scoring, sets, subjects
@@ -55,7 +55,7 @@ def read(settings: EvalConfig) -> Asked:
     Raises UserError for a fault of the data, and where all tasks need prompts and there are none.
     """
     tasks = protocols.tasks(settings)
-    answered = [name for name in settings.tasks if name in sets.TASKS]
+    answered = [name for name in dict.fromkeys(settings.tasks) if name in sets.TASKS]
     asked = _asked(settings, answered) if answered else []
     for task in tasks.values():
         asked = [*asked, *task.prompts(settings)]
@@ -113,9 +113,7 @@ def measure(
         counted = scoring.scores(settings, run, judged, given, folder)
         for change in protocols.changes(settings):
             counted |= change.measured(subject, {b.name: given[b.name] for b in judged}, folder)
-        if counted["discernment"] is None:  # prompts of one kind: keep an earlier command's
-            del counted["discernment"]
-        blocks = counted | blocks
+        blocks = _joined(subject, folder, counted) | blocks
     metrics = _write(subject, folder, blocks, began)
     print(f"{subject.weights}: {folder}")
     if silence := record(settings).model_validate(metrics).silence:
@@ -204,6 +202,43 @@ def _kept(subject: Subject, folder: Path, settings: dict[str, Any]) -> dict[str,
     before = _before(subject, folder)
     of_tasks = {key: before[key] for key in subject.settings.table.tasks if key in before}
     return of_tasks | before if before.get("settings") == settings else of_tasks
+
+
+def _joined(subject: Subject, folder: Path, counted: dict[str, Any]) -> dict[str, Any]:
+    """The counts, with an earlier command's of the same data where it asked the other kind alone.
+
+    So over-refusal and safety come to the same in one command and in two. A block has an entry for
+    each set, or for whatever else; or it is a list of records of a kind.
+    """
+    before, now = _before(subject, folder), _origin(subject)
+    same = all(before.get(key) == now[key] for key in ("settings", "data"))
+    known: dict[str, Any] = before.get("sets", {}) if same else {}
+    kinds = {of["kind"] for of in counted["sets"].values()}
+    again = {name for name, of in known.items() if of["kind"] in kinds}
+    if known.keys() - again:
+        for key, new in counted.items():
+            if isinstance(new, list):
+                old = [each for each in before.get(key) or [] if each["kind"] not in kinds]
+                counted[key] = old + new
+            elif isinstance(new, dict):
+                kept = {n: of for n, of in (before.get(key) or {}).items() if n not in again}
+                counted[key] = kept | new
+        counted[sets.DISCERNMENT] = _ranked(subject, folder, counted["sets"])
+    if counted[sets.DISCERNMENT] is None:  # prompts of one kind: an earlier command's stays
+        del counted[sets.DISCERNMENT]
+    return counted
+
+
+def _ranked(subject: Subject, folder: Path, counts: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Discernment over sets of several commands, by their stored answers."""
+    masses: dict[str, dict[str, float]] = {}
+    for name, of in counts.items():
+        stored = generation.stored(folder / f"{name}.jsonl")
+        rows = [stored[i] for i in of.get("ids") or stored if i in stored]
+        masses[name] = {row.id: m for row in rows if (m := row.refusal_mass) is not None}
+    there = [PromptSet(name, Kind(of["kind"]), []) for name, of in counts.items()]
+    trained_on = subject.run.record().get("in_distribution", [])
+    return scoring.discernment(there, masses, trained_on, subject.settings.seed)
 
 
 def _before(subject: Subject, folder: Path) -> dict[str, Any]:

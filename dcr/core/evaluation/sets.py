@@ -161,6 +161,22 @@ def kept(
     ConfigError for two sets of one name, which would share a file.
     """
     check_names(prompt_sets)
+    if any(len(_of_rows(folder, b, schema)) < len(b.rows) for b in prompt_sets):
+        # two commands may need the same answers of a run, such as the reference of a calibration
+        with storage.in_turn(folder):
+            _ask(prompt_sets, ask, folder, schema, doing, progress)
+    return {b.name: _of_rows(folder, b, schema) for b in prompt_sets}
+
+
+def _ask(
+    prompt_sets: Sequence[PromptSet],
+    ask: Callable[[list[Example]], Iterator[list[Record]]],
+    folder: Path,
+    schema: type[Record],
+    doing: str,
+    progress: bool,
+) -> None:
+    """Asks for the records that `folder` lacks, and stores each as it comes."""
     homes: dict[str, list[tuple[str, str]]] = {}  # a prompt may stand in several sets
     rows: dict[str, Example] = {}
     for prompt_set in prompt_sets:
@@ -182,7 +198,6 @@ def kept(
             for name, records in by_set.items():
                 storage.append_lines(folder / f"{name}.jsonl", records)
             bar.update(len(batch))
-    return {b.name: _of_rows(folder, b, schema) for b in prompt_sets}
 
 
 def check_names(prompt_sets: Sequence[PromptSet]) -> None:

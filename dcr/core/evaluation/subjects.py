@@ -183,8 +183,7 @@ class Local(Subject):
 
     def identity(self) -> dict[str, object]:
         model, settings = self.settings.model, self.settings
-        file = Path(model.template) if model.template else None
-        template = file.read_text(encoding="utf-8") if file and file.is_file() else model.template
+        template = prompts.written_template(model.template) or model.template
         identity: dict[str, object] = {
             "weights": self._content,
             "chat": [model.system_prompt, template, *_further(model)],

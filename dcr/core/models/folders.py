@@ -104,7 +104,10 @@ def adapter_base(folder: Path) -> str:
     storage.check_checksums(folder, needed=(folder / ORIGIN_FILE).exists())
     named = storage.read_json(folder / "adapter_config.json", AdapterSettings)
     if not (folder / ORIGIN_FILE).exists():
-        return named.base_model_name_or_path
+        base = named.base_model_name_or_path
+        if is_adapter(Path(base)):  # perhaps itself
+            raise ConfigError(f"{folder}: its base {base} is an adapter, too; merge that one first")
+        return base
     origin = storage.read_json(folder / ORIGIN_FILE, Origin)
     if origin.fingerprint is None:
         return origin.base
