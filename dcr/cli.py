@@ -14,7 +14,8 @@ import re
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -85,8 +86,18 @@ def _register(*schemas: tuple[str, type]) -> None:
         node = OmegaConf.structured(schema)
         if not issubclass(schema, TrainConfig):
             _unset(node.data)  # what no one names comes from the run, whatever the default
-        OmegaConf.set_struct(node.own, False)  # its keys are the user's
+        _open(node)
         ConfigStore.instance().store(name=f"{name}_schema", node=node)
+
+
+def _open(node: DictConfig) -> None:
+    """Leaves the keys of plain dictionaries, such as `own`, to the user."""
+    for key in node:
+        kind = OmegaConf.get_type(node, str(key))
+        if kind is dict:
+            OmegaConf.set_struct(node[key], False)
+        elif is_dataclass(kind):
+            _open(node[key])
 
 
 def _unset(node: DictConfig) -> None:
@@ -290,7 +301,8 @@ def _forget_sweep() -> None:
     key = "hydra.sweep.dir="
     named = [argument.removeprefix(key) for argument in sys.argv if argument.startswith(key)]
     folder = Path(named[-1].strip("'\"") if named else "multirun")
-    (folder / "multirun.yaml").unlink(missing_ok=True)
+    with suppress(OSError):  # not there, or its folder is none
+        (folder / "multirun.yaml").unlink()
     forget_empty(folder)
 
 

@@ -117,6 +117,8 @@ def parse(schema: type[Options], arguments: Sequence[str]) -> Options:
             else:
                 key, value = rest, word
             name, plain = known[key].name, value.replace("${", r"\${")  # no interpolation either
+            if _kind(known[key]) is Path and not Path(plain).name:
+                plain = str(Path(plain).absolute())  # "." has no name to put another beside
             if name in many:
                 many[name].append(plain)
                 node[name] = many[name]
@@ -133,6 +135,10 @@ def parse(schema: type[Options], arguments: Sequence[str]) -> Options:
 
 def _entries(schema: type) -> dict[str, Field[Any]]:
     return {entry.metadata["key"] or entry.name: entry for entry in fields(schema)}
+
+
+def _kind(entry: Field[Any]) -> Any:
+    return (get_args(entry.type) or (entry.type,))[0]
 
 
 def _is_list(entry: Field[Any]) -> bool:
@@ -162,7 +168,7 @@ def help_of(schema: type) -> str:
     table = Table("option", "type", "default", Column("meaning", overflow="fold"), box=None)
     for name, entry in _entries(schema).items():
         metadata = entry.metadata
-        kind = KINDS[(get_args(entry.type) or (entry.type,))[0]]
+        kind = KINDS[_kind(entry)]
         if metadata["least"] is not None:
             kind += f", {_range(metadata['least'], metadata['most'])}"
         plain = "none" if _is_list(entry) else str(entry.default)

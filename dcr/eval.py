@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dcr.core import config, extending, machine, runs, storage
-from dcr.core.config import ConfigError, DataError, Method, Precision, Quantization
+from dcr.core.config import ConfigError, DataError, Method, Precision
 from dcr.core.config.evaluation import EvalConfig
 from dcr.core.runs import Run
 
@@ -36,8 +36,7 @@ def evaluate(settings: EvalConfig, run: Run) -> None:
     # not at the top: what is asked is checked before torch is loaded
     from dcr.core.evaluation import metrics, subjects
 
-    if settings.model.quantization is Quantization.nf4:
-        config.check_installed("bitsandbytes", "memory", "model.quantization=nf4")
+    config.check_bitsandbytes(settings.model)
     settings, arithmetic = settle_precision(settings, run.precisions() if settings.run else {})
     if settings.endpoint is None:
         arithmetic.say()

@@ -64,8 +64,10 @@ def train(settings: TrainConfig, run: Run) -> None:
 
 def checked(settings: TrainConfig, run: Run) -> Splits:
     """The rows of a run, and a UserError for all that can be known wrong before weights open."""
+    if not settings.plan:  # which opens none
+        config.check_bitsandbytes(settings.model, settings.dcr.optim)
     _check_devices(settings)
-    config.block_of(settings.dcr, models.facts(settings.model).depth)
+    config.check_blocks(settings.dcr, settings.sft.readout, models.facts(settings.model).depth)
     wanted = config.stages_of(settings)
     rows = data.rows_of(settings)
     _check_input(settings, run, wanted)

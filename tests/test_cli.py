@@ -56,6 +56,8 @@ def test_unusable_run_folder_is_named(command: Command, tmp_path: Path) -> None:
     assert f"{tmp_path}/file" in command("train.py", "model=tiny", f"run={tmp_path}/file").error
     below = command("train.py", "model=tiny", f"run={tmp_path}/file/run")
     assert (below.code, f"{tmp_path}/file" in below.error) == (2, True)
+    swept = command("train.py", "-m", f"hydra.sweep.dir={tmp_path}/file", "model=tiny", "seed=1,2")
+    assert (swept.code, f"{tmp_path}/file" in swept.error) == (2, True)
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -219,6 +221,8 @@ def test_options_are_read_in_every_spelling_and_as_they_are_written() -> None:
     assert read == Options(Path("a b:[c] ${x} #1"), 3, 0.5, "a", ["x=y", "{z: 1}"], True)
     rest = entry.parse(Open, ["one", "two=2", "place=p", "loud=false", "--share", "1", "dcr/x"])
     assert rest == Open(Path("p"), None, 1.0, words=["one", "two=2", "dcr/x"])
+    here = entry.parse(Options, ["place=."]).place
+    assert here == Path.cwd(), "a folder beside it, such as gate.unfinished, needs its name"
 
 
 @pytest.mark.parametrize(

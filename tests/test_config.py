@@ -197,6 +197,16 @@ def test_recommended_sets_what_it_says() -> None:
     assert train_config("preset=recommended", "dcr.layer=4", "dcr.epochs=1").dcr.layer == 4
 
 
+def test_keys_of_ones_own_need_no_plus() -> None:
+    words = ["model=tiny", "model.template_variables={enable_thinking: false}"]
+    given = train_config(*words, "model.template_variables.effort=low").model.template_variables
+    assert given == {"enable_thinking": False, "effort": "low"}
+    asked = composed("eval", *words, "llm.parameters.top_p=1", "endpoint_parameters={top_k: 2}")
+    assert (asked.llm.parameters.top_p, asked.endpoint_parameters.top_k) == (1, 2)
+    with pytest.raises(Exception, match=r"Could not override 'llm\.parametrs"):
+        composed("eval", "model=tiny", "llm.parametrs.top_p=1")
+
+
 def test_blocks_are_counted_from_one() -> None:
     assert [config.block_of(ContrastiveConfig(layer=layer), 2) for layer in (1, 2)] == [1, 2]
     for layer in (-1, 0, 3):

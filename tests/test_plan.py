@@ -1,5 +1,6 @@
 """plan=true against published parameter counts, the paper's step counts and measured tensors."""
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -12,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from dcr import cli, plan
-from dcr.core import data, models
+from dcr import train as training_script
+from dcr.core import data, machine, models
 from dcr.core.config import (
     ConfigError,
     DataError,
@@ -26,6 +28,7 @@ from dcr.core.config import (
 )
 from dcr.core.data.module import pair_batch, prompt_batch
 from dcr.core.models import structure
+from dcr.core.runs import Run
 from dcr.core.sources import Example
 from dcr.extensions import TrainSettings
 from dcr.fast import packing
@@ -70,6 +73,7 @@ def _architecture(width: int = 32, vocabulary: int = 260) -> LlamaConfig:
         num_attention_heads=4,
         num_key_value_heads=2,
         vocab_size=vocabulary,
+        max_position_embeddings=4096,
         tie_word_embeddings=False,
     )
 
@@ -139,9 +143,21 @@ def test_fp32_states_of_stage_one(name: str, without: int, with_them: int) -> No
         assert states / 1e9 == pytest.approx(expected, abs=0.7)
 
 
-def test_layer_beyond_the_depth_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"dcr.layer=29: the model has blocks 1 to 28"):
-        plan.describe(settings("model=qwen2_5_1_5b", "dcr.layer=29"))
+@pytest.mark.parametrize(
+    ("told", "says"),
+    [
+        (["dcr.layer=29"], "dcr.layer=29: the model has blocks 1 to 28"),
+        (["sft.readout.blocks=29", "sft.readout.steps=9"], "sft.readout.blocks=29: the model has"),
+    ],
+)
+def test_blocks_beyond_the_depth_are_refused(told: list[str], says: str) -> None:
+    asked = settings("model=qwen2_5_1_5b", *told)
+    for refusing in (
+        plan.describe,
+        lambda asked: training_script.checked(asked, Run(Path("none"))),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            refusing(asked)
 
 
 # --- rows and steps -----------------------------------------------------------------------------
@@ -186,6 +202,8 @@ def test_a_prompt_that_training_refuses_is_refused(local: Path, tmp_path: Path) 
     told = settings(f"model.name={local}", f"data.toxic.source=[demo_toxic,{long}]")
     with pytest.raises(DataError, match=r"long\.jsonl: long-1: .* exceed the model's context of"):
         plan.describe(replace(told, dcr=replace(told.dcr, ratio=None)))
+    with pytest.raises(ConfigError, match=r"sft\.max_len=5000: the model's context is 4096 tokens"):
+        plan.describe(settings(f"model.name={local}", "sft.max_len=5000"))
 
 
 def test_tokens_of_a_local_folder_are_counted(local: Path) -> None:
@@ -327,6 +345,23 @@ def test_the_plan_of_a_method_is_of_the_stages_it_trains(
     assert told.startswith(f"Plan: method={method.value} ({chain}) on ")
     assert ("contrastive" in told.replace(str(local), "")) == (method is Method.dcr)
     assert "characters a token" not in told
+
+
+def test_the_readout_warms_up_and_all_stages_stand_in_one_row(
+    local: Path, no_weights: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look at the machine's load finds another number of threads each time."""
+    numbers = itertools.count(1)
+    monkeypatch.setattr(machine, "chosen_threads", lambda _: (next(numbers), ""))
+    monkeypatch.setattr(cost, "timed_product", lambda *_: 5e10)
+    cost._threads.cache_clear()
+    asked = settings(f"model.name={local}", "sft.readout.steps=40", "trainer.threads=null")
+    lines = [line.split() for line in plan.describe(asked).splitlines()]
+    (warm,) = (line for line in lines if line[:3] == ["of", "them", "warm-up"])
+    assert warm[-1] == "2"
+    here = [line for line in lines if line[:4] == ["time", "on", "this", "CPU,"]]
+    assert len(here) == 1
+    cost._threads.cache_clear()
 
 
 def test_a_finished_stage_is_said_to_be_skipped(local: Path, tmp_path: Path) -> None:

@@ -320,9 +320,16 @@ def test_without_bitsandbytes_only_a_plan_is_made(
         importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else found(name)
     )
     told = ["model=tiny", "model.quantization=nf4", "method=stl"]
-    with pytest.raises(ConfigError, match=r"nf4: needs bitsandbytes; run pip install '\.\[mem"):
-        resolving.resolve(tiny_run.composed("train", *told), TrainSettings)
-    resolving.resolve(tiny_run.composed("train", *told, "plan=true"), TrainSettings)
+    nothing, needs = Run(tmp_path / "none"), r"needs bitsandbytes; run pip install '\.\[mem"
+    for more in ([], ["model.quantization=none", "dcr.optim.moments=int8", "method=dcr"]):
+        words = tiny_run.composed("train", *told, *more), tiny_run.composed("train", *told, *more)
+        words[1].plan = True
+        trained, planned = (resolving.resolve(each, TrainSettings) for each in words)
+        with pytest.raises(ConfigError, match=needs):
+            train.checked(trained, nothing)
+        train.checked(planned, nothing)
+    gate = command("dcr.gate", *told, "out=none")
+    assert "nf4: a gate is trained on weights in full; leave it out" in gate.error
     told = ["model=tiny", "model.quantization=nf4"]
     asked, _ = cli.resolved(tiny_run.composed("eval", *told), EvalSettings)
     with pytest.raises(ConfigError, match=r"nf4: needs bitsandbytes; run pip install '\.\[mem"):

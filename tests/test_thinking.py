@@ -143,6 +143,11 @@ def test_variables_reach_the_template() -> None:
     assert "Effort: low. Be kind." in formatted(CHANNELS, **given).text("Why?")
 
 
+def test_thoughts_that_a_user_turns_off_are_off_as_they_are_anyway() -> None:
+    off = formatted(QWEN3, template_variables={"enable_thinking": False})
+    assert off.text("Why?") == formatted(QWEN3).text("Why?")
+
+
 def test_users_write_no_marks() -> None:
     chat = formatted(QWEN3)
     before = chat.text("Why?")

@@ -12,7 +12,15 @@ from rich.table import Table
 
 from dcr import entry
 from dcr.core import machine
-from dcr.core.config import Method, Precision, Stage, TrainConfig, stages_of
+from dcr.core.config import (
+    READOUT_WARMUP,
+    Method,
+    Precision,
+    Stage,
+    TrainConfig,
+    check_blocks,
+    stages_of,
+)
 from dcr.core.data import Splits
 from dcr.core.data.rows import ReadoutRows
 from dcr.core.runs import Run
@@ -57,7 +65,10 @@ def describe(settings: TrainConfig) -> str:
 
     Raises UserError as training does before it loads weights.
     """
+    from dcr.core import models  # with torch
+
     chain = stages_of(settings)
+    check_blocks(settings.dcr, settings.sft.readout, models.facts(settings.model).depth)
     on_gpu, _ = machine.of_training(
         replace(settings, trainer=replace(settings.trainer, accelerator="gpu"))
     )
@@ -135,7 +146,7 @@ def _readout_plan(settings: TrainConfig, shape: Shape, drawn: Splits) -> StagePl
         epochs=1,
         batch_size=phase.batch_size,
         steps_per_epoch=phase.steps,
-        warmup=0,
+        warmup=round(READOUT_WARMUP * phase.steps),
         memory=cost.memory(settings, Stage.sft, shape, here),
         flops=flops,
         padded_flops=padded_flops,

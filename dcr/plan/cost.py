@@ -351,7 +351,8 @@ def device_type(settings: TrainConfig) -> str:
 def throughput(settings: TrainConfig, precision: Precision, width: int) -> Throughput:
     """The throughput of one device that the command would run on."""
     if device_type(settings) == "cpu":
-        number, rate = _measured_cpu(settings.trainer.threads, precision, width)
+        number = _threads(settings.trainer.threads)
+        rate = _measured_cpu(number, precision, width)
         name = f"this CPU, {number} threads"
     else:
         import torch
@@ -364,11 +365,15 @@ def throughput(settings: TrainConfig, precision: Precision, width: int) -> Throu
     return Throughput(name, MEASURED_SHARE * rate, basis)
 
 
+@functools.cache  # it changes with the load, and all stages of a plan stand in one row
+def _threads(asked: int | None) -> int:
+    return machine.chosen_threads(asked)[0]
+
+
 @functools.cache
-def _measured_cpu(asked: int | None, precision: Precision, width: int) -> tuple[int, float]:
-    """The threads and the FLOP/s of this CPU, measured once a process."""
-    number, _ = machine.chosen_threads(asked)
-    return number, timed_product("cpu", precision, width, number)
+def _measured_cpu(threads: int, precision: Precision, width: int) -> float:
+    """The FLOP/s of this CPU, measured once a process."""
+    return timed_product("cpu", precision, width, threads)
 
 
 def published_throughput(name: str, precision: Precision) -> Throughput:

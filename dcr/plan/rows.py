@@ -11,7 +11,7 @@ from dcr.balance import Balance
 from dcr.core import data, prompts, storage
 from dcr.core.config import EMBEDDED_MODEL, TINY_MODEL, ModelConfig, Stage, TrainConfig
 from dcr.core.data import Splits
-from dcr.core.data.rows import ReadoutRow, StageRows
+from dcr.core.data.rows import ReadoutRow, StageRows, check_lengths
 from dcr.core.prompts import IGNORED, ChatFormat, PairRow, PromptRow
 from dcr.core.sources import Example
 from dcr.core.text import CHARACTERS_PER_TOKEN
@@ -46,8 +46,8 @@ def tokenizer_is_here(config: ModelConfig) -> bool:
 def batches_of(settings: TrainConfig, stage: Stage, rows: Splits) -> tuple[StageRows, int]:
     """A stage's rows in order, and the number of template tokens that all of them begin with.
 
-    The rows are training's own, or have a token for every four characters. Raises DataError as
-    training does for a prompt of stage one that exceeds the context.
+    The rows are training's own, or have a token for every four characters. Raises UserError as
+    training does for rows that exceed the context.
     """
     from dcr.core import models
 
@@ -56,6 +56,8 @@ def batches_of(settings: TrainConfig, stage: Stage, rows: Splits) -> tuple[Stage
     chat, rows = chat_of(settings.model, rows)
     # estimated tokens say nothing of what exceeds the context
     context = models.facts(settings.model).context if tokenizer_is_here(settings.model) else None
+    if stage is Stage.sft and context is not None:
+        check_lengths(chat, rows, settings.sft, context)
     batches = StageRows(stage, rows, chat, settings, context)
     batches.world = settings.trainer.devices * settings.trainer.num_nodes
     return batches, shared_prefix(chat)

@@ -81,6 +81,7 @@ def _resolved(options: Options) -> tuple[Search, dict[str, object]]:
         if not study.split_settings([f"{key}=0"])[0]:
             raise ConfigError(f"{key}: no setting of train.py, which alone are searched")
     settings = resolving.resolve(cli.compose("train", training, Options), TrainSettings)
+    config.check_bitsandbytes(settings.model, settings.dcr.optim)  # before each trial fails by it
     if settings.method is not Method.dcr:
         raise ConfigError(f"method={settings.method.value}: only dcr has a stage one to search")
     objectives, fixed_keys = options.objectives.split(","), {w.partition("=")[0] for w in training}

@@ -277,6 +277,14 @@ class OptimConfig:
     moments: Moments = Moments.full  # AdamW's, in the weight's own type or in a byte each
 
 
+def check_bitsandbytes(model: ModelConfig, optim: OptimConfig | None = None) -> None:
+    """Raises ConfigError where weights or moments need bitsandbytes, which is absent."""
+    if model.quantization is Quantization.nf4:
+        check_installed("bitsandbytes", "memory", "model.quantization=nf4")
+    if optim and optim.moments is Moments.int8:
+        check_installed("bitsandbytes", "memory", "dcr.optim.moments=int8")
+
+
 @dataclass
 class CircleConfig:
     weights: Weights = Weights.paper  # of pairs: as in A.8, or as in the paper of Circle loss
@@ -339,6 +347,9 @@ def block_of(config: ContrastiveConfig, depth: int) -> int:
     return config.layer
 
 
+READOUT_WARMUP = 0.05  # share of the readout's steps
+
+
 @dataclass
 class ReadoutConfig:
     """Stage three: SFT's adapter in the last blocks is trained on for how an answer begins.
@@ -383,6 +394,15 @@ class SFTConfig:
     gradient_checkpointing: bool = False  # less memory for more time
     lora: LoraConfig = field(default_factory=LoraConfig)
     readout: ReadoutConfig = field(default_factory=ReadoutConfig)
+
+
+def check_blocks(dcr: ContrastiveConfig, readout: ReadoutConfig, depth: int) -> None:
+    """Raises ConfigError for blocks of stage one or the readout beyond a model `depth` deep."""
+    block_of(dcr, depth)
+    if readout.steps and readout.blocks > depth:
+        raise ConfigError(
+            f"sft.readout.blocks={readout.blocks}: the model has {depth}; give as many or fewer"
+        )
 
 
 @dataclass

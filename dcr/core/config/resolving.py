@@ -25,7 +25,6 @@ from dcr.core.config import (
     SourceConfig,
     Stage,
     TrainConfig,
-    check_installed,
     class_of,
     is_path,
     literal,
@@ -247,11 +246,11 @@ def _of_both(config: ScriptSettings) -> Iterator[str]:
     label, project = config.model.label, config.wandb.project
     if label and (label[0] == "." or not SAFE_NAME.fullmatch(label)):
         yield f"model.label={label}: use letters, digits, '.', '_' and '-', and no '.' in front"
-    for name in config.model.template_variables:
+    for name, value in config.model.template_variables.items():
         told = f"model.template_variables.{name}"
         if not str(name).isidentifier():
             yield f"{told}: no name of a variable; use letters, digits and '_'"
-        if name in SWITCHES:
+        if name in SWITCHES and value is not False:  # which prompts are rendered with anyway
             yield f"{told}: prompts end where answers begin; gen.thinking=<tokens> lets it think"
     for key, items in settings_of(config):
         if isinstance(items, list) and any(isinstance(item, (list, dict)) for item in items):
@@ -277,8 +276,6 @@ def _of_training(config: TrainConfig) -> Iterator[str]:
     if trainer.accelerator == "mps" and (processes > 1 or trainer.strategy != "auto"):
         yield f"{strategy} trainer.accelerator=mps: it trains in one process; use cpu or gpu"
     if config.model.quantization is Quantization.nf4:
-        if not config.plan:  # which opens no weights
-            check_installed("bitsandbytes", "memory", "model.quantization=nf4")
         if config.method is Method.dcr and dcr.adapter is Adapter.full:
             yield (
                 "model.quantization=nf4 dcr.adapter=full: stage one would train the blocks' own "
@@ -304,10 +301,8 @@ def _of_training(config: TrainConfig) -> Iterator[str]:
         yield (
             f"dcr.optim.lr={dcr.optim.lr}: too small to move bf16 weights; use dcr.precision=mixed"
         )
-    if dcr.optim.moments is Moments.int8:
-        check_installed("bitsandbytes", "memory", "dcr.optim.moments=int8")
-        if trainer.strategy == FSDP:
-            yield "dcr.optim.moments=int8 trainer.strategy=fsdp: choose one of them"
+    if dcr.optim.moments is Moments.int8 and trainer.strategy == FSDP:
+        yield "dcr.optim.moments=int8 trainer.strategy=fsdp: choose one of them"
     for name, node in (("dcr", dcr), ("sft", config.sft)):
         if not node.lora.targets:
             yield f"{name}.lora.targets=[]: name modules, or [all-linear]"

@@ -103,8 +103,6 @@ def check(settings: TrainConfig, rows: Splits, wanted: Sequence[Stage]) -> None:
     if Stage.sft in wanted:
         _check_targets(settings, sft.lora)
         check_lengths(chat, rows, sft, facts.context)
-    if sft.readout.steps and sft.readout.blocks > facts.depth:
-        raise ConfigError(f"sft.readout.blocks={sft.readout.blocks}: the model has {facts.depth}")
 
 
 def _check_targets(settings: TrainConfig, lora: LoraConfig, blocks: int | None = None) -> None:

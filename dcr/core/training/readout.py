@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dcr.core import passes, refusal, statistics
-from dcr.core.config import ConfigError, Precision, ReadoutConfig, Schedule
+from dcr.core.config import READOUT_WARMUP, ConfigError, Precision, ReadoutConfig, Schedule
 from dcr.core.data.module import ReadoutBatch, SafetyData, readout_batch
 from dcr.core.data.rows import NO_CLASS, SEEMINGLY_TOXIC, TOXIC
 from dcr.core.models import Policy, structure
@@ -27,7 +27,6 @@ from dcr.core.training.resuming import ResumableModule, adamw, rate_factor
 
 # Weight of how refusals go on. At 1 "can't" spreads into all answers, which then go in circles.
 WORDING = 0.1
-WARMUP = 0.05
 
 Scores = dict[int, list[float]]  # log-odds of refusing held-out prompts, by class
 
@@ -249,7 +248,7 @@ class ReadoutModule(ResumableModule):
 
     def configure_optimizers(self) -> Any:
         config = self.config
-        factor = rate_factor(Schedule.linear, config.steps, round(WARMUP * config.steps))
+        factor = rate_factor(Schedule.linear, config.steps, round(READOUT_WARMUP * config.steps))
         return adamw(self, config.lr, config.weight_decay, factor)
 
 
