@@ -264,7 +264,7 @@ def test_templates_that_cannot_be_are_named(tmp_path: Path) -> None:
     for template, message in {
         "chatmll": "model.template=chatmll: give llama3, chatml, plain or a .jinja file",
         str(tmp_path): "give llama3, chatml, plain or a .jinja file",
-        str(tmp_path / "latin.jinja"): "cannot be read",
+        str(tmp_path / "latin.jinja"): "latin.jinja: is not UTF-8",
     }.items():
         with pytest.raises(ConfigError, match=message):
             formatted(models.byte_tokenizer(), template=template)

@@ -255,16 +255,14 @@ def tables(record: dict[str, Any]) -> list[Any]:
         f"Generated answers by {record['verdict']}, every set weighing the same", heads, 1
     )
     for row in record["rows"]:
-        calibrated = row["calibrated"] or (float("nan"),) * 2
+        calibrated = row["calibrated"] or (math.nan,) * 2
         table.add_row(
             row["arm"],
             str(row["seed"]),
-            f"{row['auroc']:.2f}",
-            f"{row['answered']:.2f}",
-            f"{row['most']:.2f}",
-            *(f"{row['by_set'][name]:.2f}" for name in sets),
-            "–" if row["bias"] is None else f"{row['bias']:.2f}",
-            *(f"{value:.2f}" for value in calibrated),
+            *(_told(row[key]) for key in ("auroc", "answered", "most")),
+            *(_told(row["by_set"][name]) for name in sets),
+            _told(math.nan if row["bias"] is None else row["bias"]),
+            *map(_told, calibrated),
         )
     heads = ["difference", "by seed", "mean, over seeds", "over prompts", "p"]
     differences = entry.table(
@@ -273,7 +271,7 @@ def tables(record: dict[str, Any]) -> list[Any]:
     for each in record["comparisons"]:
         differences.add_row(
             each["arms"],
-            " ".join(f"{value:+.2f}" for value in each["by_seed"]),
+            " ".join(_told(value, "+.2f") for value in each["by_seed"]),
             _shown(Interval(**each["over_seeds"])),
             _shown(Interval(**each["over_prompts"])),
             f"{each['p_holm']:.3g}",
@@ -282,6 +280,11 @@ def tables(record: dict[str, Any]) -> list[Any]:
 
 
 def _shown(of: Interval) -> str:
-    if math.isnan(of.low):  # of a single seed
-        return f"{of.estimate:+.3f}"
+    if not math.isfinite(of.low):  # of a single seed, or of an arm that never refuses as many
+        return _told(of.estimate, "+.3f")
     return f"{of.estimate:+.3f} [{of.low:+.3f}, {of.high:+.3f}]"
+
+
+def _told(value: float, how: str = ".2f") -> str:
+    """A number; a dash where no bias makes a model refuse as many as are asked for."""
+    return "–" if math.isnan(value) else format(value, how)
