@@ -23,6 +23,7 @@ from dcr.core.runs import Run
 from dcr.extensions import EvalSettings
 from dcr.judges import pairwise
 from dcr.report import __main__ as report
+from dcr.steering import methods
 from dcr.steering import prompts as steering_prompts
 from tests import tiny_run
 
@@ -150,6 +151,11 @@ def test_two_commands_measure_what_one_for_both_kinds_does(fresh: Run, tmp_path:
     eval_entry.evaluate(*resolved(f"run={apart.folder}", "tasks=[safety]", *told, "data=paper"))
     (other,) = metrics_of(apart)
     assert [*other["sets"]] == ["toxic"], "of other data nothing is taken over"
+    assert other["discernment"] is None, "nor the ranking"
+    told[-1:] = ["judge=[keyword]", "data=demo"]
+    eval_entry.evaluate(*resolved(f"run={apart.folder}", "tasks=[discernment,over_refusal]", *told))
+    (last,) = metrics_of(apart)
+    assert {of["kind"] for of in last["sets"].values()} == {"seemingly_toxic"}
 
 
 def test_metrics_of_another_limit_are_set_aside(trained: Run, tmp_path: Path) -> None:
@@ -297,6 +303,21 @@ def test_the_record_of_an_edit_outlives_a_command_that_opens_nothing(
         eval_entry.evaluate(settings, run)
         (after,) = metrics_of(run)
         assert after["steering"] == before["steering"]
+
+
+def test_prompts_of_vectors_are_drawn_once_an_evaluation(
+    fresh: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn, draw = [], methods.extraction
+    monkeypatch.setattr(methods, "extraction", lambda *given: drawn.append(given) or draw(*given))
+    file = tiny_run.write_rows(tmp_path)["toxic"]
+    told = (f"data.extraction.toxic=[{file}]", "data=demo", "tasks=[over_refusal]", "limit=2")
+    settings, run = resolved(f"run={fresh.folder}", *told, *STEERED)
+    eval_entry.evaluate(settings, run)
+    file.write_text(file.read_text().replace("now", "today"))
+    eval_entry.evaluate(settings, run)
+    assert len(drawn) == 2
+    assert len(metrics_of(run)) == 2, "a file that has changed gives other answers"
 
 
 def test_sets_that_hold_prompts_of_the_released_code_say_so(

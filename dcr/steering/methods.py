@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from dcr.calibration.biases import validation
 from dcr.core import extending, models, sources, storage
@@ -67,15 +68,17 @@ def steer(
     settings: SteeringConfig,
     seed: int,
     folder: Path | None = None,
+    drawn: Extraction | None = None,
 ) -> Steered:
     """The edits of `settings.method` at its strength; at strength 0 there are none.
 
     `folder` stores the vectors for other strengths of the same weights, prompts and settings.
-    Prompts are drawn by `seed`. Raises ConfigError as `extraction` and the method's `find` do.
+    Prompts are `drawn` already, or now by `seed`. Raises ConfigError as `extraction` and the
+    method's `find` do.
     """
     if not is_active(settings):
         return Steered((), {})
-    method, drawn = STEERING[settings.method], extraction(data, settings, seed)
+    method, drawn = STEERING[settings.method], drawn or extraction(data, settings, seed)
     used = {kind: sources.record(rows) for kind, rows in drawn.parts().items()}
     tensors, info = vectors.cached(
         folder,
@@ -104,15 +107,18 @@ def is_active(settings: SteeringConfig) -> bool:
     return settings.method in STEERING and settings.strength != 0
 
 
-def identity(data: DataConfig, settings: SteeringConfig, seed: int) -> dict[str, Any]:
+def identity(
+    data: DataConfig, settings: SteeringConfig, seed: int, drawn: Extraction | None = None
+) -> dict[str, Any]:
     """Everything that an edited completion depends on besides model and prompt; {} without edits.
 
     It enters the fingerprint of stored completions, so one strength never takes another's, nor one
-    content of a file of prompts another's. Raises what `extraction` raises.
+    content of a file of prompts another's. Prompts are `drawn` already, or now by `seed`. Raises
+    what `extraction` raises.
     """
     if not is_active(settings):
         return {}
-    used = extraction(data, settings, seed).parts()
+    used = (drawn or extraction(data, settings, seed)).parts()
     prompts = {kind: sources.fingerprint(rows) for kind, rows in used.items()}
     return {**_made_with(settings), "strength": settings.strength, "prompts": prompts}
 
@@ -142,6 +148,21 @@ def _made_with(settings: SteeringConfig, unread: Sequence[str] = ()) -> dict[str
     }
 
 
+_drawn: WeakKeyDictionary[Local, Extraction] = WeakKeyDictionary()
+
+
+def drawn_for(subject: Local) -> Extraction:
+    """The prompts of a subject's vectors: drawn once, since files may change before another's.
+
+    Raises what `extraction` raises.
+    """
+    if subject not in _drawn:
+        settings = subject.settings
+        steering = settings.node(SteeringConfig)
+        _drawn[subject] = extraction(settings.data, steering, settings.seed)
+    return _drawn[subject]
+
+
 class Steering(Change):
     """Evaluates under the edits of `steering`, or on the prompts that choose a strength."""
 
@@ -157,8 +178,11 @@ class Steering(Change):
 
     def identity(self, subject: Local) -> dict[str, object]:
         settings = subject.settings
-        made_with = identity(settings.data, settings.node(SteeringConfig), settings.seed)
-        return {"steering": made_with} if made_with else {}
+        steering = settings.node(SteeringConfig)
+        if not is_active(steering):
+            return {}
+        drawn = drawn_for(subject)
+        return {"steering": identity(settings.data, steering, settings.seed, drawn)}
 
     @contextmanager
     def around(self, subject: Local, policy: Policy) -> Iterator[None]:
@@ -168,8 +192,8 @@ class Steering(Change):
             yield
             return
         chat = chat_format(policy.tokenizer, settings.model)
-        folder = subject.run.folder / "steering"
-        steered = steer(policy, chat, settings.data, steering, settings.seed, folder=folder)
+        folder, drawn = subject.run.folder / "steering", drawn_for(subject)
+        steered = steer(policy, chat, settings.data, steering, settings.seed, folder, drawn)
         with edited(policy.model, steered.edits):
             # now, since a later command that finds all answers here opens nothing
             storage.write_json(subject.folder / RECORD, steered.record)

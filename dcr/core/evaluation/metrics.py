@@ -90,6 +90,7 @@ def measure(
         for change in protocols.changes(settings):
             blocks |= change.prepared(subject)
         folder = subject.folder
+        earlier = _before(subject, folder)  # now, since tasks write this command's data there
         if sets.DISCERNMENT in settings.tasks:  # first: an endpoint may not be able to
             trained_on = run.record().get("in_distribution", [])
             masses, most = subject.masses(asked.ranked, folder)
@@ -113,7 +114,7 @@ def measure(
         counted = scoring.scores(settings, run, judged, given, folder)
         for change in protocols.changes(settings):
             counted |= change.measured(subject, {b.name: given[b.name] for b in judged}, folder)
-        blocks = _joined(subject, folder, counted) | blocks
+        blocks = _joined(subject, folder, counted, earlier) | blocks
     metrics = _write(subject, folder, blocks, began)
     print(f"{subject.weights}: {folder}")
     if silence := record(settings).model_validate(metrics).silence:
@@ -204,27 +205,30 @@ def _kept(subject: Subject, folder: Path, settings: dict[str, Any]) -> dict[str,
     return of_tasks | before if before.get("settings") == settings else of_tasks
 
 
-def _joined(subject: Subject, folder: Path, counted: dict[str, Any]) -> dict[str, Any]:
+def _joined(
+    subject: Subject, folder: Path, counted: dict[str, Any], earlier: Mapping[str, Any]
+) -> dict[str, Any]:
     """The counts, with an earlier command's of the same data where it asked the other kind alone.
 
     So over-refusal and safety come to the same in one command and in two. A block has an entry for
     each set, or for whatever else; or it is a list of records of a kind.
     """
-    before, now = _before(subject, folder), _origin(subject)
-    same = all(before.get(key) == now[key] for key in ("settings", "data"))
-    known: dict[str, Any] = before.get("sets", {}) if same else {}
+    now = _origin(subject)
+    same = not earlier or all(earlier.get(key) == now[key] for key in ("settings", "data"))
+    known: dict[str, Any] = earlier.get("sets", {}) if same else {}
     kinds = {of["kind"] for of in counted["sets"].values()}
     again = {name for name, of in known.items() if of["kind"] in kinds}
     if known.keys() - again:
         for key, new in counted.items():
             if isinstance(new, list):
-                old = [each for each in before.get(key) or [] if each["kind"] not in kinds]
+                old = [each for each in earlier.get(key) or [] if each["kind"] not in kinds]
                 counted[key] = old + new
             elif isinstance(new, dict):
-                kept = {n: of for n, of in (before.get(key) or {}).items() if n not in again}
+                kept = {n: of for n, of in (earlier.get(key) or {}).items() if n not in again}
                 counted[key] = kept | new
         counted[sets.DISCERNMENT] = _ranked(subject, folder, counted["sets"])
-    if counted[sets.DISCERNMENT] is None:  # prompts of one kind: an earlier command's stays
+    # with prompts of one kind an earlier command's ranking stays, unless it is of other data
+    if counted[sets.DISCERNMENT] is None and same:
         del counted[sets.DISCERNMENT]
     return counted
 
