@@ -3,8 +3,9 @@
     python benchmarks/permuted.py <out> [--seed 0]
 
 Writes `<out>/seemingly_toxic.jsonl` and `<out>/toxic.jsonl`. The two prompts of each pair change
-sides with probability one half, so topics, templates and counts stay as they are; prompts without
-a partner change sides alone, in equal numbers.
+sides with probability one half, so topics, templates and counts stay as they are. Prompts without a
+partner change sides in equal numbers of both kinds: none of the preset's 228 does, since all are
+toxic, so that their labels still tell something.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Labels of pairs drawn at random: nothing is lost, and nothing but the labels changes."""
+"""Labels of pairs drawn at random: nothing is lost, and nothing but labels of pairs changes."""
 
 import json
 from pathlib import Path
@@ -39,3 +39,5 @@ def test_half_of_the_pairs_change_sides_whole(
     for members in paired.values():
         if {everything[i].kind for i in members} == set(permuted.KINDS):
             assert len({i in changed for i in members}) == 1
+        else:
+            assert not changed & {*members}
