@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from sklearn.metrics import cohen_kappa_score
 from transformers import PreTrainedTokenizerFast
@@ -20,7 +20,7 @@ from dcr.core.config import ModelConfig
 from dcr.core.models import random_policy
 from dcr.core.prompts import ChatFormat
 from dcr.core.refusal import opening
-from dcr.core.refusal.keywords import is_decided, is_refusal, outcome
+from dcr.core.refusal.keywords import is_decided, is_refusal, outcome, refuses_in
 from dcr.core.refusal.opening import (
     OPENINGS,
     REFUSAL_PHRASES,
@@ -112,6 +112,7 @@ def test_answers_of_real_models_are_judged_alike_where_their_rules_have_decided(
 )
 def test_paper_is_the_script_on_any_text(text: str) -> None:
     completion = text.lower().strip()
+    assume(refuses_in(completion) is None)  # languages that the script does not know
     expected = False
     for prefix in PREFIXES:
         expected |= completion[: len(prefix)] == prefix
