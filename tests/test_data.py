@@ -4,6 +4,7 @@ import dataclasses
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import chain, compress
 from pathlib import Path
 from typing import Any
@@ -229,6 +230,14 @@ def test_a_set_that_is_trained_on_is_marked_and_kept(files: Files) -> None:
     assert split(config, dcr=False).in_distribution == [harmful]  # STL never reads the safe ones
 
 
+def made_up(
+    made: dict[str, list[str]], name: str, *, root: str | None, kind: Any, **_: Any
+) -> list[Example]:
+    """The prompts of a source, in the place of `sources.read`."""
+    rows = enumerate(made[name])
+    return [Example(f"{name}-{i}", text, kind, name, response=REFUSED) for i, text in rows]
+
+
 def test_a_set_that_only_its_contrast_is_trained_on_stays_clean(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,11 +250,7 @@ def test_a_set_that_only_its_contrast_is_trained_on_stays_clean(
         "alpaca": [sentence("normal", i) for i in range(9)],
     }
 
-    def read(name: str, *, root: str | None, kind: Any, **_: Any) -> list[Example]:
-        rows = enumerate(made[name])
-        return [Example(f"{name}-{i}", text, kind, name, response=REFUSED) for i, text in rows]
-
-    monkeypatch.setattr(sources, "read", read)
+    monkeypatch.setattr(sources, "read", partial(made_up, made))
     config = DataConfig(
         label="made",
         seemingly_toxic=CountedSourceConfig(["xstest_safe"], count=20),
@@ -287,11 +292,7 @@ def test_a_set_is_marked_or_kept_apart_where_training_reads_a_part_of_it(
         "alpaca": [sentence("normal", i) for i in range(9)],
     }
 
-    def read(name: str, *, root: str | None, kind: Any, **_: Any) -> list[Example]:
-        rows = enumerate(made[name])
-        return [Example(f"{name}-{i}", text, kind, name, response=REFUSED) for i, text in rows]
-
-    monkeypatch.setattr(sources, "read", read)
+    monkeypatch.setattr(sources, "read", partial(made_up, made))
     config = DataConfig(
         label="made",
         seemingly_toxic=CountedSourceConfig([trained], count=20),

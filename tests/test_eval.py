@@ -152,6 +152,8 @@ def test_two_commands_measure_what_one_for_both_kinds_does(fresh: Run, tmp_path:
     (other,) = metrics_of(apart)
     assert [*other["sets"]] == ["toxic"], "of other data nothing is taken over"
     assert other["discernment"] is None, "nor the ranking"
+    (aside,) = (json.loads(file.read_text()) for file in apart.folder.glob("eval/*/metrics-*.json"))
+    assert (aside["sets"], aside["discernment"]) == (whole["sets"], whole["discernment"])
     told[-1:] = ["judge=[keyword]", "data=demo"]
     eval_entry.evaluate(*resolved(f"run={apart.folder}", "tasks=[discernment,over_refusal]", *told))
     (last,) = metrics_of(apart)

@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -277,13 +278,11 @@ def decoded(
     lengths = list(zip(*(map(len, prompts) for prompts, _ in readings), strict=True))
     groups = passes.together(policy.model, lengths)
     if len(groups) > 1:
-        found: dict[int, tuple[list[int], Tensor]] = {}
-        for group in groups:
-            parts = [([prompts[place] for place in group], end) for prompts, end in readings]
-            of_one = decoded(policy, parts, most, logits, score, is_over, streamer, scored)
-            found |= dict(zip(group, zip(*of_one, strict=True), strict=True))
-        rows = [found[place] for place in range(len(lengths))]
-        return [answer for answer, _ in rows], torch.stack([values for _, values in rows])
+        answer = partial(
+            decoded, policy, most=most, logits=logits, score=score, is_over=is_over,
+            streamer=streamer, scored=scored,
+        )  # fmt: skip
+        return _in_groups(groups, readings, answer)
     taken = inspect.signature(unwrapped(policy.model).forward).parameters.keys()
     with torch.inference_mode(), passes.current().decoding(policy.model) as cache:
         contexts = [_read(policy, taken, prompts, cache) for prompts, _ in readings]
@@ -321,6 +320,20 @@ def decoded(
         if streamer is not None:
             streamer.end()
         return answers, values
+
+
+def _in_groups(
+    groups: Sequence[Sequence[int]],
+    readings: Sequence[tuple[Sequence[Sequence[int]], float]],
+    answer: Callable[[Any], tuple[list[list[int]], Float[Tensor, "rows scored"]]],
+) -> tuple[list[list[int]], Float[Tensor, "rows scored"]]:
+    """The result of `answer` for each group of places in the batch, in the order of the batch."""
+    found: dict[int, tuple[list[int], Tensor]] = {}
+    for group in groups:
+        of_group = [([prompts[place] for place in group], end) for prompts, end in readings]
+        found |= dict(zip(group, zip(*answer(of_group), strict=True), strict=True))
+    rows = [found[place] for place in sorted(found)]
+    return [ids for ids, _ in rows], torch.stack([values for _, values in rows])
 
 
 def _finite(scores: Float[Tensor, "rows"]) -> Float[Tensor, "rows"]:

@@ -1,4 +1,4 @@
-"""What a judge is; each response gets its verdict from the store, or its judge is asked once."""
+"""Judges: each response gets its verdict from the store, or its judge is asked once."""
 
 import re
 from collections import Counter

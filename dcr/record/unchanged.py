@@ -73,12 +73,12 @@ def main(options: Options) -> None:
 
 
 def told(records: Path) -> list[Unchanged]:
-    """What was said so far beside records."""
+    """The lines that were written so far beside records."""
     return storage.read_lines(records / FILE, Unchanged)
 
 
 def compared(again: Path, records: Path, because: str) -> list[Unchanged]:
-    """What a record that was counted again shows.
+    """Compares a record that was counted again with the one of its name.
 
     Raises DataError for a number that is another one than recorded, and for one that was not
     counted again; others, which the record never had, do not matter.
@@ -110,7 +110,7 @@ def compared(again: Path, records: Path, because: str) -> list[Unchanged]:
 
 
 def _of(row: dict[str, str]) -> tuple[str, ...]:
-    """What tells a number from another; the metric comes last."""
+    """The cells that tell a number from another; the metric comes last."""
     return tuple(row[key] for key in OF)
 
 

@@ -29,7 +29,7 @@ OVERVIEW = ("results", "judges", "general")  # grids whose sums are beside each 
 
 
 class Examined(TypedDict):
-    """What `dcr.balance` adds to a run's `rows.json`."""
+    """The part of a run's `rows.json` that `dcr.balance` adds."""
 
     balance: Balance
 

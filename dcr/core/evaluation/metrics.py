@@ -141,7 +141,7 @@ def _write(
 ) -> dict[str, Any]:
     """`metrics.json`, of what was measured so far and of what earlier commands measured."""
     origin = _origin(subject)
-    kept = _kept(subject, folder, origin["settings"])
+    kept = _kept(subject, folder, origin)
     metrics = {"version": results.VERSION, **origin}
     told_anew = (*metrics, *LAST)
     metrics |= {key: block for key, block in kept.items() if key not in told_anew} | dict(blocks)
@@ -153,7 +153,7 @@ def _write(
         metrics["decoding"] = storage.read_json(made, subjects.Made)
     metrics["seconds"] = round(time.perf_counter() - began, 1)
     metrics["peak_memory_gib"] = round(machine.peak_memory_gib(), 2)
-    _set_aside(subject, folder, origin["settings"])
+    _set_aside(subject, folder, origin)
     results.write(folder / "metrics.json", metrics, record(subject.settings))
     return metrics
 
@@ -186,23 +186,32 @@ def _origin(subject: Subject) -> dict[str, Any]:
     }
 
 
-def _set_aside(subject: Subject, folder: Path, settings: dict[str, Any]) -> None:
-    """Renames metrics of the same answers under other settings, such as another limit."""
-    made = _before(subject, folder).get("settings", settings)
-    if made != settings:
+def _set_aside(subject: Subject, folder: Path, metrics: dict[str, Any]) -> None:
+    """Renames metrics of the same answers on other data or under other settings, as a limit."""
+    made, now = _decided_by(_before(subject, folder)), _decided_by(metrics)
+    if made and made != now:
         aside = folder / f"metrics-{storage.fingerprint(made)}.json"
         (folder / "metrics.json").replace(aside)
-        changed = "; ".join(storage.differences(made, settings))
+        changed = "; ".join(storage.differences(made, now))
         log.warning("%s: metrics of other settings (%s) are now in %s", folder, changed, aside.name)
 
 
-def _kept(subject: Subject, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """What an earlier command left in `metrics.json`: all of it under these settings, under others
-    only the blocks of tasks, which have settings of their own.
+def _kept(subject: Subject, folder: Path, metrics: dict[str, Any]) -> dict[str, Any]:
+    """The blocks that an earlier command left in `metrics.json` and that hold here.
+
+    Under other settings these are only the blocks of tasks, which have settings of their own; on
+    other data there are none.
     """
-    before = _before(subject, folder)
-    of_tasks = {key: before[key] for key in subject.settings.table.tasks if key in before}
-    return of_tasks | before if before.get("settings") == settings else of_tasks
+    before, tasks = _before(subject, folder), subject.settings.table.tasks
+    if _decided_by(before) == _decided_by(metrics):
+        return before
+    same = before.get("data") == metrics.get("data")
+    return {key: before[key] for key in tasks if same and key in before}
+
+
+def _decided_by(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings and the label of the data that decide all counts; empty without metrics."""
+    return {"data": metrics.get("data"), **metrics.get("settings", {})} if metrics else {}
 
 
 def _joined(
@@ -214,7 +223,7 @@ def _joined(
     each set, or for whatever else; or it is a list of records of a kind.
     """
     now = _origin(subject)
-    same = not earlier or all(earlier.get(key) == now[key] for key in ("settings", "data"))
+    same = not earlier or _decided_by(earlier) == _decided_by(now)
     known: dict[str, Any] = earlier.get("sets", {}) if same else {}
     kinds = {of["kind"] for of in counted["sets"].values()}
     again = {name for name, of in known.items() if of["kind"] in kinds}
