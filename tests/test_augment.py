@@ -439,6 +439,9 @@ def test_a_local_model_answers(folder: Folder, capsys: pytest.CaptureFixture[str
     assert f"{cut} cut off at gen.max_new_tokens" in said
 
 
+# a signal may come between the opening of a file and its `with`, and leave it to the collector
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_stopped_command_that_is_given_again_asks_nothing_twice(
     folder: Folder, capsys: pytest.CaptureFixture[str], number: signal.Signals

@@ -100,7 +100,7 @@ def measure(
             _write(subject, folder, blocks, began)
         given = subject.answers(asked.sets, folder)
         sets.check_answered(asked.sets, given)
-        before = _kept(subject, folder, {})
+        before = _kept(subject, folder, _origin(subject))
         work = Work(settings, run, subject, folder, asked.sets, given, before)
         for name, task in asked.tasks.items():
             if not task.closed:
@@ -202,11 +202,11 @@ def _kept(subject: Subject, folder: Path, metrics: dict[str, Any]) -> dict[str, 
     Under other settings these are only the blocks of tasks, which have settings of their own; on
     other data there are none.
     """
-    before, tasks = _before(subject, folder), subject.settings.table.tasks
-    if _decided_by(before) == _decided_by(metrics):
-        return before
-    same = before.get("data") == metrics.get("data")
-    return {key: before[key] for key in tasks if same and key in before}
+    before = _before(subject, folder)
+    if before.get("data") != metrics["data"]:
+        return {}
+    of_tasks = {key: before[key] for key in subject.settings.table.tasks if key in before}
+    return of_tasks | before if _decided_by(before) == _decided_by(metrics) else of_tasks
 
 
 def _decided_by(metrics: Mapping[str, Any]) -> dict[str, Any]:
