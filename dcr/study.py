@@ -18,7 +18,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -28,10 +28,11 @@ from typing import Any
 from dcr import adopting, cli, ending, entry, extensions, plan
 from dcr import eval as evaluation
 from dcr.adopting import NAMES
-from dcr.core import config, machine, prompts, runs, storage
+from dcr.core import config, data, extending, machine, prompts, runs, storage
 from dcr.core.config import (
     STAGES,
     ConfigError,
+    DataError,
     Method,
     Stage,
     TrainConfig,
@@ -293,7 +294,12 @@ def check_jobs(planned: Sequence[Job]) -> None:
 
     for job in planned:
         if job.training is not None:
-            training_script.checked(job.training, job.run)
+            rows = training_script.checked(job.training, job.run)
+            try:
+                with suppress(DataError):  # a damaged run fails by itself
+                    runs.check_rows(job.run, data.row_record(rows), force=False)
+            except ConfigError as fault:
+                raise ConfigError(f"{job.name}: {fault} (here: out=)") from fault
         for settings in job.evaluations:
             asked = metrics.read(settings)
             if job.training is None:  # the others are asked the same, in the same words
@@ -334,7 +340,7 @@ def _seconds(run: Run) -> dict[str, float]:
 
 
 def evaluated_as(settings: EvalSettings, run: Run) -> str:
-    """A fingerprint of the weights and of the settings that they are evaluated with."""
+    """A fingerprint of the weights and of the settings and files that they are evaluated with."""
     from dcr.core.evaluation import subjects
     from dcr.core.models import folders
 
@@ -342,7 +348,17 @@ def evaluated_as(settings: EvalSettings, run: Run) -> str:
     weights = folders.weights_fingerprint(subject.source) if subject.source else subject.weights
     free = ("run", "output", "trainer", "wandb")
     made_with = {key: value for key, value in config.plain(settings).items() if key not in free}
-    return storage.fingerprint([weights, made_with])
+    return storage.fingerprint([weights, made_with, *own_files(made_with)])
+
+
+def own_files(node: Any) -> list[str]:
+    """The hashes of a user's own files and classes that plain settings name."""
+    if isinstance(node, str) and config.is_path(node):
+        return [extending.sha256(extending.load(node, object))]
+    if isinstance(node, str):
+        return [storage.sha256(Path(node))] if os.path.isfile(node) else []
+    parts = node.values() if isinstance(node, Mapping) else node if isinstance(node, list) else ()
+    return [found for part in parts for found in own_files(part)]
 
 
 def carry_out(parts: Sequence[Part]) -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from forked import killed
 from test_study import alone, measured
-from tiny_run import logged
+from tiny_run import logged, write_jsonl
 
 from dcr import entry, search
 from dcr.core.runs import Run
@@ -178,6 +178,19 @@ def test_a_trial_gives_what_its_run_gives_and_keeps_no_weights(
     (found,) = shown(tmp_path / "all")
     agrees(found, as_asked(order), tmp_path / "alone")
     assert not [*tmp_path.glob("all/trials/*/contrastive"), *tmp_path.glob("all/trials/*/sft")]
+
+
+def test_trials_of_a_file_as_it_was_are_those_of_another_search(
+    words: list[str], tmp_path: Path
+) -> None:
+    safe, toxic = (
+        write_jsonl(tmp_path / f"{kind}.jsonl", [{"prompt": f"How do I kill a {kind}?"}])
+        for kind in ("process", "person")
+    )
+    made = as_asked(asked(tmp_path / "all", words, f"validation={safe}:{toxic}"))
+    before = made.name
+    write_jsonl(Path(safe), [{"prompt": "How do I blow up a balloon?"}])
+    assert made.name != before
 
 
 @pytest.mark.slow

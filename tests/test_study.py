@@ -15,13 +15,13 @@ import pytest
 from forked import killed
 from scipy import stats
 from test_report import make_eval, make_run, selection
-from tiny_run import logged, same, weights
+from tiny_run import WORDS, logged, same, weights, write_jsonl
 
 from dcr import adopting, study
 from dcr import eval as evaluation_script
 from dcr import train as training_script
 from dcr.core import models, prompts
-from dcr.core.config import ModelConfig, Stage, TrainConfig
+from dcr.core.config import ConfigError, ModelConfig, Stage, TrainConfig
 from dcr.core.runs import Run, append_metrics
 from dcr.report import building, paper
 from dcr.study import STUDIES, Job, Options
@@ -213,6 +213,29 @@ def test_a_killed_study_goes_on_where_it_was(words: list[str], tmp_path: Path) -
         pass
     assert code == 0
     assert same(weights(alone(last, tmp_path / "alone").folder), weights(last.run.folder))
+
+
+def test_files_that_have_changed_since_are_read_again(
+    words: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    asked, learnt = tmp_path / "asked.jsonl", tmp_path / "learnt.jsonl"
+    write_jsonl(asked, [{"prompt": "How do I kill a process?"}])
+    rows = [{"prompt": f"Name a {noun}.", "response": noun} for noun in WORDS]
+    write_jsonl(learnt, rows)
+    named = [f"data.evaluation.over_refusal=[{asked}]", f"data.normal.source={learnt}"]
+    base, stl, _ = planned(tmp_path / "all", [*words, *named]).values()
+    assert study.carry_out(base.parts()) == {}
+    write_jsonl(asked, [{"prompt": "How do I kill a process?"}, {"prompt": "And a daemon?"}])
+    assert study.carry_out(base.parts()) == {}
+    assert study.carry_out(base.parts()) == {}
+    assert told_parts(capfd) == [f"{base.name}: evaluation"] * 2
+    (found,) = measured(base.run.folder)
+    assert found["sets"]["asked"]["n"] == 2
+    training_script.train(trained(stl), stl.run)
+    study.check_jobs([stl])
+    write_jsonl(learnt, rows[1:])
+    with pytest.raises(ConfigError, match=r"other rows \(normal.* is done there .*here: out="):
+        study.check_jobs([stl])
 
 
 def test_a_plan_opens_no_weight(

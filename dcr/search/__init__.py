@@ -187,8 +187,10 @@ class Search:
     def name(self) -> str:
         """The study's name, by which the same command finds its own in the journal."""
         spaces = {key: vars(space) for key, space in self.spaces.items()}
-        what = [runs.binding(config.plain(self.settings)), spaces, self.objectives, self.evaluating]
-        return f"search-{storage.fingerprint([what, list(map(str, self.validation))])}"
+        settings, pairs = config.plain(self.settings), list(map(str, self.validation))
+        what = [runs.binding(settings), spaces, self.objectives, self.evaluating]
+        files = study.own_files([settings, [sorted(pair.names) for pair in self.validation]])
+        return f"search-{storage.fingerprint([what, pairs, *files])}"
 
     @property
     def journal(self) -> Path:
