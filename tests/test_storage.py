@@ -201,6 +201,30 @@ def test_processes_take_turns_in_a_folder_and_leave_no_empty_one(tmp_path: Path)
     assert (folder / "kept").is_file()
 
 
+def test_who_waits_for_a_folder_that_is_removed_meanwhile_locks_the_new_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    folder, held = tmp_path / "eval" / "x", list[bool]()
+
+    def wait() -> None:
+        with storage.in_turn(folder):
+            turns = os.open(folder, os.O_RDONLY)
+            with pytest.raises(BlockingIOError):
+                fcntl.flock(turns, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.close(turns)
+            held.append(True)
+
+    waiting = threading.Thread(target=wait)
+    with storage.in_turn(folder):
+        waiting.start()
+        while "waiting for it" not in caplog.text:
+            waiting.join(0.01)
+    waiting.join()
+    assert held
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_that_stayed_empty_is_removed(tmp_path: Path) -> None:
     with storage.locked(tmp_path / "run"):
         pass

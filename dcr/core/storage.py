@@ -162,23 +162,32 @@ def in_turn(folder: Path) -> Iterator[None]:
     A folder that was made and stayed empty is removed, with the parents made for it. Raises
     UserError with the path if it cannot be made or opened.
     """
-    made = [place for place in (folder, *folder.parents) if not place.exists()]
     with _writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        waiting = os.open(folder, os.O_RDONLY)
+        made, turn = _turn_in(folder)
     try:
-        with suppress(OSError):  # a file system without locks
-            try:
-                fcntl.flock(waiting, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                log.info("%s: another process writes there; waiting for it", folder)
-                fcntl.flock(waiting, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(waiting)
         with suppress(OSError):  # something was written
             for place in made:
                 place.rmdir()
+        os.close(turn)  # the last, so that who waits sees whether its folder is still there
+
+
+def _turn_in(folder: Path) -> tuple[list[Path], int]:
+    """The folders that were made for `folder`, and its lock, which `os.close` frees."""
+    while True:
+        made = [place for place in (folder, *folder.parents) if not place.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        turn = os.open(folder, os.O_RDONLY)
+        with suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(turn, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log.info("%s: another process writes there; waiting for it", folder)
+                fcntl.flock(turn, fcntl.LOCK_EX)
+        if folder.exists() and _identity(folder.stat()) == _identity(os.fstat(turn)):
+            return made, turn
+        os.close(turn)  # its owner wrote nothing, and removed the folder
 
 
 def _exchange(staging: Path, folder: Path) -> None:
