@@ -412,7 +412,10 @@ def test_code_that_moves_no_number_makes_none_stale(
     assert unchanged.main(words) == 0
     assert "frontier: 4 numbers of one are as they were" in capsys.readouterr().out
     assert pages.rendered(mark, records) == mark
-    assert unchanged.main(words) == 2  # nothing is said twice
+    said = (records / unchanged.FILE).read_text()
+    assert unchanged.main([*words[:2], "because=it is given again"]) == 0
+    assert "are as they were, which is recorded already" in capsys.readouterr().out
+    assert (records / unchanged.FILE).read_text() == said
     rewritten(records / "one.csv", measured_by="oldest")
     assert "(stale)" in pages.rendered(mark, records)
     rewritten(again, measured_by="older")  # the code of a change before

@@ -55,10 +55,12 @@ MEASURED_BY = {
     ),
     "gates": (
         "benchmarks/gates.py",
+        "dcr/core/statistics.py",
         "dcr/frames",
         "dcr/frontier",
         "dcr/gate",
         "dcr/gating/classifier.py",
+        "dcr/inference.py",
         "dcr/outcomes",
     ),
     "frontier": ("dcr/frontier", "dcr/calibration", "dcr/inference.py", "dcr/outcomes", *RULES[:2]),

@@ -9,7 +9,7 @@ a line in docs/records/unchanged.jsonl says that both hashes measure the same.
 import json
 import sys
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from dcr import entry
@@ -62,14 +62,16 @@ def main(options: Options) -> None:
         for word in options.files
         for each in compared(Path(word), options.records, options.because)
     ]
-    before = told(options.records)
-    new = [each for each in found if each not in before]
-    if not new:
+    if not found:
         raise ConfigError("no number there is of code that has changed since")
-    lines = [json.dumps(asdict(each), ensure_ascii=False) for each in [*before, *new]]
-    storage.write_text(options.records / FILE, "\n".join([*lines, ""]))
-    for each in new:
-        print(f"{each.metric}: {each.numbers} numbers of {each.record} are as they were")
+    before = told(options.records)
+    known = [replace(each, because=options.because) for each in before]
+    if new := [each for each in found if each not in known]:
+        lines = [json.dumps(asdict(each), ensure_ascii=False) for each in [*before, *new]]
+        storage.write_text(options.records / FILE, "\n".join([*lines, ""]))
+    for each in found:
+        already = "" if each in new else ", which is recorded already"
+        print(f"{each.metric}: {each.numbers} numbers of {each.record} are as they were{already}")
 
 
 def told(records: Path) -> list[Unchanged]:
