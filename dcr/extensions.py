@@ -17,6 +17,7 @@ from dcr import (
     gating,
     looks,
     quality,
+    repetition,
     robustness,
     steering,
     thinking,
@@ -39,6 +40,7 @@ from dcr.judges import (
 )
 from dcr.looks import FinalConfig
 from dcr.quality import QualityConfig
+from dcr.repetition import RepetitionConfig
 from dcr.robustness import RobustnessConfig
 from dcr.steering import SteeringConfig
 from dcr.stl_aug import AugmentConfig
@@ -77,6 +79,7 @@ TABLE = Table(
         ),
         Extension("dcr.steering.methods:Own", lambda of: is_path(of.steering.method)),
         Extension("dcr.contrast.decoding:Contrasted", lambda of: bool(of.gen.contrast)),
+        Extension("dcr.repetition:Penalised", lambda of: of.gen.repetition_penalty != 1),
         Extension("dcr.core.evaluation.subjects:Prefilling", lambda of: of.gen.prefill is not None),
         Extension("dcr.thinking.reasoning:Thinking", lambda of: of.gen.thinking is not None),
         Extension(
@@ -102,6 +105,7 @@ TABLE = Table(
         looks.relations,
         analyses.relations,
         thinking.relations,
+        repetition.relations,
     ),
 )
 
@@ -123,9 +127,9 @@ def listed(*names: str, behind: str) -> Callable[[type[Node]], type[Node]]:
     return moved
 
 
-@listed("self_cd", "adacd", behind="max_new_tokens")
+@listed("repetition_penalty", "self_cd", "adacd", behind="max_new_tokens")
 @dataclass
-class GenSettings(ContrastConfig):
+class GenSettings(ContrastConfig, RepetitionConfig):
     """How answers are generated."""
 
 

@@ -255,9 +255,10 @@ STEERED = ("steering=scans", "steering.scans.layers=middle_third", "steering.sca
     "changed",
     [
         ("gen.self_cd=1.5",),
+        ("gen.repetition_penalty=1.5",),
         (*STEERED, "steering.strength=30"),
     ],
-    ids=["self_cd", "steering"],
+    ids=["self_cd", "repetition_penalty", "steering"],
 )
 def test_the_reference_of_alpaca_eval_answers_plainly(
     fresh: Run, changed: Sequence[str], monkeypatch: pytest.MonkeyPatch

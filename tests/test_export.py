@@ -547,7 +547,14 @@ def test_card_names_data_licences_scores_and_readout(moved: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    "edit", [{"steering": {"method": "scans"}}, {"self_cd": 0.5}, {"validation": True}], ids=str
+    "edit",
+    [
+        {"steering": {"method": "scans"}},
+        {"self_cd": 0.5},
+        {"repetition_penalty": 1.1},
+        {"validation": True},
+    ],
+    ids=str,
 )
 def test_card_leaves_out_what_is_not_the_exported_model_s(moved: Run, edit: dict[str, Any]) -> None:
     scored(moved, "snapshot", weights="snapshot")

@@ -230,7 +230,8 @@ def continued(
 
     def logits(contexts: Sequence[Context]) -> Tensor:
         (context,) = contexts
-        return biased(context.ids, context.logits) if biased else context.logits
+        scores = biased(context.ids, context.logits) if biased else context.logits
+        return chat.processor(context.ids, scores) if chat.processor else scores
 
     readings = [(prompts, math.inf)]
     answers, masses = decoded(policy, readings, max_new_tokens, logits, score, is_over, streamer)

@@ -80,6 +80,8 @@ class ChatFormat:
         language: that of the answers, by which refusals begin.
         thought: gives the tokens between the text of a prompt and its answer, see `thoughts`; None
             where that text ends behind an empty thought, or the model never thinks.
+        processor: changes the logits of the next token of an answer, [rows, vocabulary], that are
+            read behind these token ids, [rows, length]; None leaves them.
     """
 
     tokenizer: Tokenizer
@@ -90,6 +92,7 @@ class ChatFormat:
     prefill: str = ""
     language: Language = Language.en
     thought: Callable[[str], list[int]] | None = None
+    processor: "Callable[[Tensor, Tensor], Tensor] | None" = None
 
     def text(self, prompt: str) -> str:
         """The templated prompt with the header of the answer.

@@ -27,6 +27,9 @@ ALPACA_EVAL_KEYS = (
     *("instruction", "output_1", "generator_1", "output_2", "generator_2"),
     *("annotator", "preference"),
 )
+PLAIN: dict[str, Any] = {  # greedy decoding alone, in the words of `gen`
+    **dict.fromkeys(("self_cd", "adacd", "prefill", "thinking")), "repetition_penalty": 1.0,
+}  # fmt: skip
 
 
 class Quality(Task):
@@ -70,7 +73,7 @@ def win_rate(
         settings.without("steering", "gate", "gating", "calibrate"),
         model=resolving.model_of(reference.config(), settings.model.trust_remote_code),
         run=str(reference.folder),
-        gen=replace(settings.gen, self_cd=None, adacd=None, prefill=None, thinking=None),
+        gen=replace(settings.gen, **PLAIN),
     )
     subject = subjects.final(beside, reference)
     place = subject.folder

@@ -181,7 +181,8 @@ def unedited(evaluation: Evaluation) -> bool:
     """Whether the evaluation is of plain weights, without steering or another decoding."""
     return not (
         steering(evaluation)
-        or {*CONTRASTS, "calibrate", "gate", "prefill"} & set(evaluation.settings)
+        or {*CONTRASTS, "calibrate", "gate", "prefill", "repetition_penalty"}
+        & set(evaluation.settings)
     )
 
 
@@ -426,7 +427,7 @@ def label_of(run: RunRecord, evaluation: Evaluation, with_model: bool) -> tuple[
         about(run, evaluation, "seed"),
     )
     target, words = settings.get("calibrate"), settings.get("prefill")
-    before = settings.get("gate")
+    before, penalty = settings.get("gate"), settings.get("repetition_penalty")
     trained = (
         f"+ {edit}" if edit and edit != method else "",
         other_preset(about(run, evaluation, "preset")),
@@ -437,6 +438,7 @@ def label_of(run: RunRecord, evaluation: Evaluation, with_model: bool) -> tuple[
         "" if before is None else printable(f"behind {before['name']}"),
         "" if target is None else printable(f"calibrated to {target}"),
         "" if words is None else printable(f"prefilled {words!r}"),
+        "" if penalty is None else printable(f"repetition penalty {penalty}"),
         *(trained if method != "base" else ()),
         model if with_model else "",
     )
