@@ -11,10 +11,11 @@ from test_prompts import needs_smollm2
 from tiny_run import failing, write_jsonl
 
 from dcr import relevance
-from dcr.core import models
+from dcr.core import models, passes
 from dcr.core.config import EMBEDDED_MODEL, ModelConfig, Precision
 from dcr.core.generation import Completion
 from dcr.core.models import Policy
+from dcr.fast.passes import Fast
 from dcr.relevance import Relevance
 
 PRINTED = {" ": "Ġ", "\n": "Ċ"}  # what byte-level tokenizers call them
@@ -60,6 +61,22 @@ def test_a_score_is_the_gain_in_nats_and_counts_prompts_that_gain_as_much(policy
         assert row.nats == pytest.approx(own, abs=2e-3)
         assert row.others == sum(other >= own for other in gains.values())
     assert (rows[3].nats, rows[3].others) == (0, 3)  # an empty answer tells nothing
+
+
+def test_an_answer_is_read_once_for_all_prompts(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(passes, "_used", [Fast()])
+    answers = [Completion("", p, "It is baked. " * 20, 1, True, None) for p in PROMPTS]
+    list(Relevance().read(policy, answers[:1], PROMPTS))  # tries the packing, on rows of its own
+    read: list[int] = []
+    embeddings: Any = policy.model.get_input_embeddings()
+    hook = embeddings.register_forward_hook(lambda _m, ids, _o: read.append(ids[0].numel()))
+    list(Relevance().read(policy, answers, PROMPTS))
+    hook.remove()
+    between = len(relevance.BETWEEN)
+    asked = sum(min(64, 1 + len(prompt)) for prompt in PROMPTS)
+    assert sum(read) <= between + asked + len(answers) * (128 + between + asked)
 
 
 @needs_smollm2
