@@ -27,6 +27,7 @@ from dcr.core.config import (
     NLLSource,
     ReadoutConfig,
     SafetyPairsConfig,
+    ReadoutConfig,
     Sampler,
     SFTConfig,
     SourceConfig,
@@ -114,6 +115,17 @@ def test_counts_are_exact_and_parts_disjoint(files: Files) -> None:
     again, other = split(files.config()), split(files.config(), seed=1)
     assert again == rows
     assert all(ids(part) != ids(other.parts()[name]) for name, part in rows.parts().items())
+
+
+def test_a_prompt_of_both_kinds_is_no_toxic_row_and_counted(files: Files) -> None:
+    config = files.config()
+    both = [{"prompt": sentence("safe", i).upper(), "response": REFUSED} for i in range(3)]
+    config.toxic.source.append(write_jsonl(files.folder / "both.jsonl", both))
+    pairs = ReadoutConfig(config.seemingly_toxic.source, config.toxic.source, steps=1)
+    rows = data.split(config, None, 0, True, readout=pairs)
+    for name in ("toxic", "readout_toxic"):
+        assert rows.dropped[f"{name}: is a seemingly toxic prompt as well"] == 3
+        assert {row.source for row in rows.parts()[name]} == {config.toxic.source[0]}
 
 
 def test_sft_rows_are_the_same_for_every_ratio_and_method(files: Files) -> None:

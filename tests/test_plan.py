@@ -33,6 +33,7 @@ from dcr.core.sources import Example
 from dcr.extensions import TrainSettings
 from dcr.fast import packing
 from dcr.plan import cost
+from tests.tiny_run import changed
 
 PUBLISHED = {
     "smollm2_135m": 134_515_008,
@@ -194,6 +195,16 @@ def test_rows_and_steps_are_those_of_training(local: Path, no_weights: None) -> 
     assert stage(told, Stage.contrastive).steps == 2 * math.ceil(160 / 32)
     pairs = len(drawn.normal) + len(drawn.refusals)
     assert stage(told, Stage.sft).steps_per_epoch == math.ceil(pairs / 7)
+
+
+def test_tokens_of_the_nlls_own_pairs_are_counted(tiny: TrainConfig, tmp_path: Path) -> None:
+    told, run = (
+        changed(tiny, "dcr.nll.source=general", "dcr.epochs=1", "stage=contrastive"),
+        tmp_path,
+    )
+    training_script.train(told, Run(run))
+    found = json.loads((run / "contrastive.cost.json").read_text())["tokens"]
+    assert found == stage(told, Stage.contrastive).load.unpadded
 
 
 def test_a_prompt_that_training_refuses_is_refused(local: Path, tmp_path: Path) -> None:

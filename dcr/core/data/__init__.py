@@ -145,6 +145,13 @@ class Cleaning:
             self.dropped[f"{node}: repeats another row"] += len(repeated)
         return kept
 
+    def of_one_kind(self, node: str, toxic: list[Example], safe: list[Example]) -> list[Example]:
+        """The toxic rows whose prompts are no seemingly toxic ones too, which have no one label."""
+        kept = without(toxic, safe)
+        if len(kept) < len(toxic):
+            self.dropped[f"{node}: is a seemingly toxic prompt as well"] += len(toxic) - len(kept)
+        return kept
+
     def apart_from_evaluation(
         self, node: str, rows: list[Example], exempt: set[str]
     ) -> list[Example]:
@@ -275,7 +282,8 @@ def _with_stage_one(
 ) -> Splits:
     safe = cleaning.clean("seemingly_toxic", Kind.seemingly_toxic)
     taken = [*rows.refusals, *rows.refusals_heldout]
-    toxic = without(cleaning.clean("toxic", Kind.toxic), taken)
+    toxic = cleaning.of_one_kind("toxic", cleaning.clean("toxic", Kind.toxic), safe)
+    toxic = without(toxic, taken)
     unseen: tuple[list[Example], list[Example]] = ([], [])
     if config.group_holdout > 0:
         safe, safe_unseen = sources.split_by_group(safe, config.group_holdout, seed)
@@ -311,12 +319,13 @@ def with_readout(rows: Splits, readout: ReadoutConfig, seed: int, cleaning: Clea
     """The readout's pairs, of which a share of the topics is held out from both kinds alike."""
     parts: dict[str, list[Example]] = {}
     unseen = set(rows.unseen_groups)
-    for kind, names in (
-        (Kind.seemingly_toxic, readout.seemingly_toxic),
-        (Kind.toxic, readout.toxic),
-    ):
-        name = f"readout_{kind.value}"
-        rows_of_kind = cleaning.clean(name, kind, names)
+    safe, toxic = (
+        cleaning.clean(f"readout_{kind.value}", kind, getattr(readout, kind.value))
+        for kind in (Kind.seemingly_toxic, Kind.toxic)
+    )
+    toxic = cleaning.of_one_kind("readout_toxic", toxic, safe)
+    for kind, rows_of_kind in ((Kind.seemingly_toxic, safe), (Kind.toxic, toxic)):
+        name, names = f"readout_{kind.value}", getattr(readout, kind.value)
         by_topic = [replace(row, group=row.category or row.group) for row in rows_of_kind]
         kept, heldout = sources.split_by_group(by_topic, readout.heldout, seed)
         if not kept:

@@ -160,8 +160,8 @@ class StepClock(Callback):
     ) -> None:
         self.seconds += time.perf_counter() - self.began
         self.cpu_seconds += time.process_time() - self.cpu_began
-        parts = batch if isinstance(batch, list) else [batch]
-        self.tokens += sum(int(part.mask.sum()) for part in parts)
+        parts = batch if isinstance(batch, list) else [batch, batch.general]
+        self.tokens += sum(int(part.mask.sum()) for part in parts if part)
         self.steps += 1
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
