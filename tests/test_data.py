@@ -27,7 +27,6 @@ from dcr.core.config import (
     NLLSource,
     ReadoutConfig,
     SafetyPairsConfig,
-    ReadoutConfig,
     Sampler,
     SFTConfig,
     SourceConfig,
