@@ -21,11 +21,11 @@ from typing_extensions import TypedDict
 from dcr import calibration, entry, export, extensions, gating, inference, study
 from dcr import eval as evaluation
 from dcr.core import config, machine, refusal, storage
-from dcr.core.config import ConfigError, DataConfig, DataError, Kind, Stage, TrainConfig
+from dcr.core.config import ConfigError, DataConfig, Kind, Stage, TrainConfig
 from dcr.core.config.evaluation import EvalConfig
 from dcr.core.evaluation import sets
 from dcr.core.runs import Run
-from dcr.core.sources import SOURCES
+from dcr.core.sources import SOURCES, Example
 from dcr.ending import single_line
 from dcr.extensions import EvalSettings
 from dcr.plan import cost
@@ -352,8 +352,6 @@ def _safe(
 
 def compared(before: Sequence[HeldOut], found: Sequence[HeldOut]) -> str:
     """How many prompts STL and the base model refuse, with Wilson intervals and McNemar's p."""
-    if [each.prompt for each in found] != [each.prompt for each in before]:
-        raise DataError(f"{HELD_OUT} of base and STL differ in prompts; delete both")
     refused = [[each.refused for each in answers] for answers in (found, before)]
     ends = [inference.wilson(sum(one), len(one)) for one in refused]
     now, then = (
@@ -377,19 +375,29 @@ def examples(before: Sequence[HeldOut], found: Sequence[HeldOut]) -> list[str]:
 
 def _answers(job: Job) -> list[HeldOut]:
     """The answers of a job's model to held-out toxic prompts; stored in its run folder."""
-    file = job.run.folder / HELD_OUT
-    ask = functools.partial(_ask, job.evaluations[0], job.run, file)
-    study.do_all([Part(job.name, "held-out toxic prompts", file.exists, ask)])
-    return storage.read_json(file, list[HeldOut], f"delete {file}, and the same command asks again")
+    from dcr.calibration import biases
+
+    settings, file = job.evaluations[0], job.run.folder / HELD_OUT
+    toxic = next(b for b in biases.validation(settings) if b.kind is Kind.toxic)
+    rows = toxic.rows[:PROMPTS]
+
+    def stored() -> list[HeldOut]:
+        cure = f"delete {file}, and the same command asks again"
+        return storage.read_json(file, list[HeldOut], cure)
+
+    def done() -> bool:  # not of prompts that were asked by other settings
+        return file.exists() and [each.prompt for each in stored()] == [row.prompt for row in rows]
+
+    ask = functools.partial(_ask, settings, job.run, rows, file)
+    study.do_all([Part(job.name, "held-out toxic prompts", done, ask)])
+    return stored()
 
 
-def _ask(settings: EvalConfig, run: Run, file: Path) -> None:
+def _ask(settings: EvalConfig, run: Run, rows: list[Example], file: Path) -> None:
     """Answer toxic prompts that nothing is trained or evaluated on, and judge by keywords."""
     from dcr.calibration import biases
     from dcr.core.evaluation import subjects
 
-    toxic = next(b for b in biases.validation(settings) if b.kind is Kind.toxic)
-    rows = toxic.rows[:PROMPTS]
     settings, _ = evaluation.settle_precision(settings, run.precisions())
     brief = replace(settings, gen=replace(settings.gen, max_new_tokens=biases.BEGUN))
     extensions.hand_in_passes()

@@ -4,7 +4,9 @@ import json
 import random
 import re
 import time
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_run
@@ -15,9 +17,11 @@ from test_study import measured, trained
 from tiny_run import same
 
 from dcr import align, gate, study
-from dcr.core import refusal
+from dcr.calibration import CalibrationConfig
+from dcr.core import refusal, storage
 from dcr.core.config import ConfigError, DataConfig, EvaluationSets
 from dcr.core.runs import Run
+from dcr.core.sources import Example
 from dcr.extensions import EvalSettings
 from dcr.gate import Recipe
 
@@ -311,3 +315,22 @@ def test_a_base_model_that_refuses_as_much_is_told_beside_a_rung() -> None:
     assert lines[1:3] == ["    base, refused: (empty)", "    STL, refused: (empty)"]
     assert len(lines) == 3 * align.EXAMPLES
     assert max(map(len, lines)) < 90
+
+
+def test_held_out_prompts_are_asked_again_where_they_are_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    settings = EvalSettings(calibration=CalibrationConfig(toxic=[str(prompts)]))
+    job, asked = study.Job("base", Run(tmp_path / "run"), None, (settings,)), list[str]()
+
+    def ask(_: Any, run: Run, rows: list[Example], file: Path) -> None:
+        asked.extend(row.prompt for row in rows)
+        storage.write_json(file, [asdict(align.HeldOut(row.prompt, "", True)) for row in rows])
+
+    monkeypatch.setattr(align, "_ask", ask)
+    monkeypatch.setattr(study, "in_fork", lambda work: work())
+    for words in ("Steal a car.", "Steal a car.", "Steal a boat."):
+        tiny_run.write_jsonl(prompts, [{"prompt": words}])
+        assert [each.prompt for each in align._answers(job)] == [words]
+    assert asked == ["Steal a car.", "Steal a boat."]
