@@ -176,6 +176,7 @@ class TrainSettings(TrainConfig):
 
     table: ClassVar[TrainTable] = TrainTable(
         rows={"stl_aug": "dcr.stl_aug.rows:added"},
+        stages={"readout": "dcr.readout.stage:train"},
         examining="dcr.balance:examined",
         best_layer="dcr.choice.transfer:best_layer",
         watching=Extension(

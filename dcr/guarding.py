@@ -30,7 +30,7 @@ from transformers import (
 from dcr.core import models, passes, prompts, sources, storage
 from dcr.core.config import ConfigError, Kind, ModelConfig
 from dcr.core.models import structure
-from dcr.core.training.readout import drift
+from dcr.readout.stage import drift
 
 SOURCES = {Kind.toxic: "contrasts_toxic", Kind.seemingly_toxic: "contrasts_seemingly_toxic"}
 FILE = "keep_refusals.safetensors"  # in the trainer's output folder, for training that is resumed

@@ -55,7 +55,7 @@ def train(settings: TrainConfig, run: Run) -> None:
                 # left by a kill right after the result was saved
                 training.forget_checkpoints(run, stage)
             else:
-                training.TRAIN[stage](job)
+                training.train_stage(stage, job)
             if shown:
                 shown(stage.value)
     if _leads():

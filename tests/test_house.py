@@ -16,8 +16,8 @@ from dcr.core.losses import circle_loss
 
 ROOT = Path(__file__).parent.parent
 CORE = {"core", "train", "eval"}
-CORE_FILES = 42
-OPENED = 30  # files that a reader of one command opens, itself included
+CORE_FILES = 41
+OPENED = {"dcr.train": 26, "dcr.eval": 29}  # files that a reader of a command opens
 
 
 def contract() -> dict[str, list[str]]:
@@ -67,10 +67,10 @@ def test_the_core_has_no_more_files_than_a_reader_holds_in_an_afternoon() -> Non
     assert len(core) <= CORE_FILES
 
 
-@pytest.mark.parametrize("command", ["dcr.train", "dcr.eval"])
+@pytest.mark.parametrize("command", OPENED)
 def test_no_command_opens_more_files_than_it_does_today(command: str) -> None:
     opened = grimp.build_graph("dcr", cache_dir=None).find_upstream_modules(command)
-    assert len(opened) + 1 <= OPENED, sorted(opened)
+    assert len(opened) + 1 <= OPENED[command], sorted(opened)
 
 
 @pytest.mark.parametrize(

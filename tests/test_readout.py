@@ -25,15 +25,16 @@ from torch import Tensor
 from dcr import contamination, plan, train
 from dcr.core import config, data, models, passes, prompts, runs
 from dcr.core.config import ConfigError, Kind, LoraConfig, Stage, TrainConfig
-from dcr.core.data.module import ReadoutBatch
-from dcr.core.data.rows import OPENING, SEEMINGLY_TOXIC, TOXIC, ReadoutRows, readout_prompts
+from dcr.core.data.rows import SEEMINGLY_TOXIC, TOXIC
 from dcr.core.models import Policy, folders, structure
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
 from dcr.core.sources import Example
-from dcr.core.training import callbacks, readout
-from dcr.core.training.readout import ReadoutModule
+from dcr.core.training import callbacks
 from dcr.plan import cost
+from dcr.readout import stage as readout
+from dcr.readout.rows import OPENING, ReadoutRows, readout_prompts
+from dcr.readout.stage import ReadoutBatch, ReadoutModule
 
 ADAPTER = "adapter_model.safetensors"
 

@@ -10,10 +10,9 @@ from pathlib import Path
 
 from rich.table import Table
 
-from dcr import entry
+from dcr import entry, readout
 from dcr.core import machine
 from dcr.core.config import (
-    READOUT_WARMUP,
     Method,
     Precision,
     Stage,
@@ -22,7 +21,6 @@ from dcr.core.config import (
     stages_of,
 )
 from dcr.core.data import Splits
-from dcr.core.data.rows import ReadoutRows
 from dcr.core.runs import Run
 from dcr.core.text import CHARACTERS_PER_TOKEN
 from dcr.plan import cost
@@ -36,6 +34,7 @@ from dcr.plan.rows import (
     shared_prefix,
     tokenizer_is_here,
 )
+from dcr.readout.rows import ReadoutRows
 
 
 @dataclass(frozen=True)
@@ -146,7 +145,7 @@ def _readout_plan(settings: TrainConfig, shape: Shape, drawn: Splits) -> StagePl
         epochs=1,
         batch_size=phase.batch_size,
         steps_per_epoch=phase.steps,
-        warmup=round(READOUT_WARMUP * phase.steps),
+        warmup=round(readout.WARMUP * phase.steps),
         memory=cost.memory(settings, Stage.sft, shape, here),
         flops=flops,
         padded_flops=padded_flops,

@@ -313,7 +313,7 @@ def epoch_flops(settings: TrainConfig, stage: Stage, shape: Shape, load: Load) -
 
 
 def readout_flops(settings: TrainConfig, shape: Shape, load: Load, learnt: int) -> float:
-    """The floating-point operations of the readout, see `dcr.core.training.readout`.
+    """The floating-point operations of the readout, see `dcr.readout`.
 
     The load's tokens pass all blocks, and the last ones again, which checks that they give the
     same; `learnt` tokens pass the last blocks in the steps, and held-out ones about twice more. The

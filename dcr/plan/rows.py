@@ -11,12 +11,13 @@ from dcr.balance import Balance
 from dcr.core import data, prompts, storage
 from dcr.core.config import EMBEDDED_MODEL, TINY_MODEL, ModelConfig, Stage, TrainConfig
 from dcr.core.data import Splits
-from dcr.core.data.rows import ReadoutRow, StageRows, check_lengths
+from dcr.core.data.rows import StageRows, check_lengths
 from dcr.core.prompts import IGNORED, ChatFormat, PairRow, PromptRow
 from dcr.core.sources import Example
 from dcr.core.text import CHARACTERS_PER_TOKEN
 from dcr.plan import cost
 from dcr.plan.cost import Load
+from dcr.readout.rows import ReadoutRow
 
 # One token a character, and as many control tokens around a turn as ChatML has.
 COUNTING_TEMPLATE = (

@@ -347,9 +347,6 @@ def block_of(config: ContrastiveConfig, depth: int) -> int:
     return config.layer
 
 
-READOUT_WARMUP = 0.05  # share of the readout's steps
-
-
 @dataclass
 class ReadoutConfig:
     """Stage three: SFT's adapter in the last blocks is trained on for how an answer begins.
@@ -447,6 +444,7 @@ class TrainTable:
 
     examining: str = ""  # of an `Examine`: looks at the rows of a run
     rows: Mapping[str, str] = field(default_factory=dict)  # of a `data.Added`, by method
+    stages: Mapping[str, str] = field(default_factory=dict)  # of a `Train`, by the stage's name
     best_layer: str = ""  # of a `FindLayer`: for `dcr.layer=auto`
     watching: Extension | None = None  # of a `Watch`: measures while stages train
     showing: str = ""  # of a `Show`: loggers beside `metrics.csv`

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Int
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from dcr.core.config import Stage, TrainConfig
 from dcr.core.data import Splits
-from dcr.core.data.rows import ReadoutPass, ReadoutRows, StageRows
+from dcr.core.data.rows import StageRows
 from dcr.core.passes import attention_mask, padded
 from dcr.core.prompts import IGNORED, ChatFormat, PairRow, PromptRow
 
@@ -57,26 +57,6 @@ class PromptBatch(Batch):
     general: PairBatch | None = None
 
 
-@dataclass(frozen=True)
-class ReadoutBatch(Batch):
-    """Right-padded rows of the readout, prompts or answers, and the positions that are read.
-
-    Attributes:
-        first: which of the positions that are read are the first of their row.
-        opening: the tokens of refusals behind the others, where rows are prompts.
-        number: by which the batch is known among all of the stage.
-    """
-
-    ids: Int[Tensor, "batch length"]
-    mask: Bool[Tensor, "batch length"]
-    read: Bool[Tensor, "batch length"]
-    labels: Int[Tensor, "batch"]
-    first: Bool[Tensor, "places"]
-    opening: Int[Tensor, "tokens"]
-    names: tuple[str, ...]
-    number: int
-
-
 def pair_batch(rows: Sequence[PairRow], pad: int) -> PairBatch:
     """Pairs as one batch."""
     return PairBatch(
@@ -103,25 +83,6 @@ def prompt_batch(
     )
 
 
-def readout_batch(given: ReadoutPass, pad: int) -> ReadoutBatch:
-    """A pass of the readout as one batch."""
-    number, rows = given
-    mask = attention_mask([row.ids for row in rows])
-    read = torch.zeros_like(mask)
-    for inside, row in zip(read, rows, strict=True):
-        inside[row.places] = True
-    return ReadoutBatch(
-        padded([row.ids for row in rows], pad),
-        mask,
-        read,
-        torch.tensor([row.label for row in rows]),
-        torch.tensor([place == row.places[0] for row in rows for place in row.places]),
-        torch.tensor([token for row in rows for token in row.opening], dtype=torch.long),
-        tuple(row.id for row in rows),
-        number,
-    )
-
-
 def _contrastive_step(rows: StageRows, drawn: Sequence[PromptRow]) -> PromptBatch:
     mine, general = rows.contrastive_step(drawn)
     return prompt_batch(mine, rows.pad, general)
@@ -131,15 +92,17 @@ def _sft_step(rows: StageRows, drawn: Sequence[PairRow]) -> list[PairBatch]:
     return [pair_batch(group, rows.pad) for group in rows.sft_step(drawn)]
 
 
-def _readout_step(rows: ReadoutRows, drawn: Sequence[Any]) -> list[ReadoutBatch]:
-    return [readout_batch(each, rows.pad) for passes in drawn for each in passes]
+class Feed(NamedTuple):
+    """The rows of a stage, what is drawn of them as a step's batches, and held-out rows as one."""
+
+    rows: Any
+    of_step: Callable[..., Any]
+    of_heldout: Callable[..., Batch]
 
 
-# of each stage: what is drawn as the batches of a step, and held-out rows as a batch
-BATCHES: dict[Stage, tuple[Callable[..., Any], Callable[..., Batch]]] = {
+BATCHES = {
     Stage.contrastive: (_contrastive_step, prompt_batch),
     Stage.sft: (_sft_step, pair_batch),
-    Stage.readout: (_readout_step, readout_batch),
 }
 
 
@@ -147,8 +110,8 @@ class SafetyData(LightningDataModule):
     """Batches of one stage, for its LightningModule.
 
     Stage one yields PromptBatch, SFT a list of PairBatch (the micro-batches of one step), each of
-    this rank's part of the rows. The readout yields a list of ReadoutBatch (prompts, and answers
-    where there are any), whole on every rank. Called like `StageRows`, with its errors.
+    this rank's part of the rows. Called like `StageRows`, with its errors; the stage of an
+    extension brings its `feed`.
     """
 
     def __init__(
@@ -158,15 +121,13 @@ class SafetyData(LightningDataModule):
         chat: ChatFormat,
         settings: TrainConfig,
         context: int | None = None,
+        feed: Feed | None = None,
     ) -> None:
         super().__init__()
-        self.rows: Any = (
-            ReadoutRows(rows, chat, settings)
-            if stage is Stage.readout
-            else StageRows(stage, rows, chat, settings, context)
-        )
+        if feed is None:
+            feed = Feed(StageRows(stage, rows, chat, settings, context), *BATCHES[stage])
+        self.rows, self.of_step, self.of_heldout = feed
         self.sampler = self.rows.sampler
-        self.of_step, self.of_heldout = BATCHES[stage]
 
     @property
     def steps_per_epoch(self) -> int:

@@ -1,15 +1,13 @@
 """The tokenised rows of each stage, their order, and which of them each step looks at.
 
-The order is a function of seed and epoch, the same on every rank. The readout's batches are drawn
-before a model is opened.
+The order is a function of seed and epoch, the same on every rank.
 """
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dcr.core import machine
 from dcr.core.config import (
@@ -25,7 +23,6 @@ from dcr.core.config import (
 )
 from dcr.core.data import Splits
 from dcr.core.prompts import IGNORED, ChatFormat, PairRow, PromptRow
-from dcr.core.refusal.keywords import is_refusal
 from dcr.core.sources import Example
 
 if TYPE_CHECKING:
@@ -37,14 +34,6 @@ TOXIC, SEEMINGLY_TOXIC = 1, 0  # class labels of stage one (Section 5)
 LABELS = {Kind.seemingly_toxic: SEEMINGLY_TOXIC, Kind.toxic: TOXIC}
 NO_CLASS = -1  # of a row that only keeps a rank in step with the others: no loss looks at it
 HELD_OUT_BATCH = 16  # rows of one validation pass
-
-# of the readout
-GENERAL_ROWS = 2  # instruction rows in a step, to whose answers the model is held
-OPENING = 4  # tokens of a refusal: those that tell "I can't help" from "I can help"
-ANSWER = 64  # tokens of an answer that may be looked at
-ANSWER_PLACES = 24  # so many of these are drawn, once; the first is looked at in any case
-HELD_OUT_ROWS = 64  # on which drift is measured
-ROUNDS = 8  # parts of the steps, at most, after each of which held-out rows are measured
 
 
 # --- the order, a function of seed and epoch ------------------------------------------------------
@@ -295,7 +284,7 @@ class StageRows:
     @property
     def heldout_passes(self) -> list[Sequence[Any]]:
         """Held-out rows by length, as many at once as a validation pass takes."""
-        return _parted(_by_length(self.heldout), HELD_OUT_BATCH)
+        return parted(by_length(self.heldout), HELD_OUT_BATCH)
 
 
 def _unlearnt(rows: Sequence[PairRow]) -> list[PairRow]:
@@ -303,181 +292,9 @@ def _unlearnt(rows: Sequence[PairRow]) -> list[PairRow]:
     return [replace(row, targets=[IGNORED] * len(row.ids)) for row in rows[:1]]
 
 
-# --- the rows of the readout ----------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ReadoutRow:
-    """A row's id, its tokens, the positions that are read, and of a prompt its class.
-
-    `opening` has the tokens that a refusal goes on with behind all positions but the first.
-    """
-
-    id: str
-    ids: list[int]
-    places: list[int]
-    label: int = NO_CLASS
-    opening: tuple[int, ...] = ()
-
-
-class Rounds:
-    """One place a step, in equal rounds of steps; Lightning's epochs are these rounds.
-
-    `start` and `sampler` are as those of `EpochBatches`.
-    """
-
-    def __init__(self, places: Sequence[int]) -> None:
-        self.places, self.start, self.epoch = places, 0, 0
-        self.rounds = max(n for n in range(1, ROUNDS + 1) if len(places) % n == 0)
-        self.sampler = self
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.places) // self.rounds
-
-    def __iter__(self) -> Iterator[list[int]]:
-        first = len(self) * self.epoch
-        for step in range(max(first, self.start), first + len(self)):
-            yield [self.places[step]]
-
-
-class ReadoutPass(NamedTuple):
-    """The rows of one forward pass, and its number among all of the stage."""
-
-    number: int
-    rows: Sequence[ReadoutRow]
-
-
-class ReadoutRows:
-    """The passes of the readout, the same for the same seed, and on every rank.
-
-    Attributes:
-        drawn: the passes of a step: prompts of both kinds, and the answers that the model is held
-            to beside them, if there are any.
-        heldout_passes: prompts of both kinds, on which discernment is measured, then answers, on
-            which drift is.
-        sampler: the place in `drawn` that each step takes.
-    """
-
-    def __init__(self, rows: Splits, chat: ChatFormat, settings: TrainConfig) -> None:
-        config, phase = settings.sft, settings.sft.readout
-        drawing = generator(settings.seed, phase.steps)
-        learnt = _alternating(
-            readout_prompts(chat, reworded(rows.readout_toxic, rows.refusals), TOXIC),
-            readout_prompts(chat, rows.readout_seemingly_toxic, SEEMINGLY_TOXIC),
-            drawing,
-        )
-        watched = readout_prompts(chat, rows.readout_toxic_heldout, TOXIC)
-        watched += readout_prompts(chat, rows.readout_seemingly_toxic_heldout, SEEMINGLY_TOXIC)
-        pairs = _parted(learnt, phase.batch_size)
-        general = _general(chat, rows, config, len(pairs), drawing)
-        ordinary = _answers(chat, rows.normal_heldout, HELD_OUT_ROWS, config.max_len, drawing)
-        heldout = _parted(_by_length(watched), phase.batch_size)
-        heldout += _parted(_by_length(ordinary), GENERAL_ROWS)
-        numbers = itertools.count()
-        prompts, answers, self.heldout_passes = (
-            [ReadoutPass(next(numbers), part) for part in parts]
-            for parts in (pairs, general, heldout)
-        )
-        self.drawn = [*zip(*filter(None, (prompts, answers)), strict=True)]
-        self.sampler = Rounds(in_rounds(len(pairs), phase.steps, drawing))
-        self.pad = 0
-
-    def taken(self) -> list[ReadoutPass]:
-        """The passes that some step takes, each once."""
-        return sorted(each for place in {*self.sampler.places} for each in self.drawn[place])
-
-
-def reworded(rows: Sequence[Example], refusals: Sequence[Example]) -> list[Example]:
-    """Gives toxic rows SFT's own refusals in turn, whose first tokens suit any prompt.
-
-    Only these tokens are learnt. Behind other wordings the model goes on to give advice.
-    """
-    words = [row.response for row in refusals if row.response and is_refusal(row.response)]
-    if not words:
-        return list(rows)
-    return [replace(row, response=words[place % len(words)]) for place, row in enumerate(rows)]
-
-
-def readout_prompts(chat: ChatFormat, rows: Sequence[Example], label: int) -> list[ReadoutRow]:
-    """Prompts, read where the first answer token is; toxic ones with how their refusal goes on."""
-    found: list[ReadoutRow] = []
-    for row in rows:
-        ids, said = chat.prompt_ids(row.prompt), list[int]()
-        if label == TOXIC and row.response and is_refusal(row.response):
-            whole, _ = chat.pair(row.prompt, row.response, len(ids) + OPENING)
-            said = whole[len(ids) :]
-        places = [*range(len(ids) - 1, len(ids) + max(1, len(said)) - 1)]
-        found.append(ReadoutRow(row.id, [*ids, *said[:-1]], places, label, tuple(said[1:])))
-    return found
-
-
-def _general(
-    chat: ChatFormat, rows: Splits, config: SFTConfig, steps: int, drawing: "Generator"
-) -> list[Sequence[ReadoutRow]]:
-    """The rows that the model is held to in each of as many steps.
-
-    They are answers of instruction rows, refusals behind their opening, and answers to harmless
-    prompts behind their first token.
-    """
-    harmless = [row for row in rows.readout_seemingly_toxic if row.response]
-    kinds = [
-        _answers(chat, part, GENERAL_ROWS * steps, config.max_len, drawing, skipped)
-        for part, skipped in ((rows.normal, 0), (rows.refusals, OPENING), (harmless, 1))
-    ]
-    kinds[0] = _by_length(kinds[0])
-    several = [GENERAL_ROWS, 1, 1]
-    chosen: list[Sequence[ReadoutRow]] = [
-        [
-            kind[(step * count + place) % len(kind)]
-            for kind, count in zip(kinds, several, strict=True)
-            for place in range(count if kind else 0)
-        ]
-        for step in range(steps)
-    ]
-    return chosen if any(kinds) else []
-
-
-def _answers(
-    chat: ChatFormat,
-    rows: Sequence[Example],
-    count: int,
-    max_len: int,
-    drawing: "Generator",
-    skipped: int = 0,
-) -> list[ReadoutRow]:
-    """The first rows, read at the first answer token that is not `skipped` and some behind it."""
-    found: list[ReadoutRow] = []
-    for row in rows[:count]:
-        ids, targets = chat.pair(row.prompt, row.response or "", max_len)
-        answer = [place for place, target in enumerate(targets) if target != IGNORED]
-        places = answer[skipped : skipped + ANSWER]
-        drawn = permutation(len(places), drawing)[:ANSWER_PLACES]
-        if places:
-            chosen = sorted({0, *drawn})
-            found.append(ReadoutRow(row.id, ids[: places[-1] + 1], [places[i] for i in chosen]))
-    return found
-
-
-def _alternating(
-    toxic: Sequence[ReadoutRow], safe: Sequence[ReadoutRow], drawing: "Generator"
-) -> list[ReadoutRow]:
-    """The rows of both kinds in turn, each in a drawn order, the fewer of them more than once.
-
-    In batches of one kind, or of one length, nearly nothing is learnt in as many steps.
-    """
-    count = max(len(toxic), len(safe))
-    drawn = [
-        [rows[place] for place in in_rounds(len(rows), count, drawing)] for rows in (toxic, safe)
-    ]
-    return [row for both in zip(*drawn, strict=True) for row in both]
-
-
-def _by_length(rows: Sequence[Any]) -> list[Any]:
+def by_length(rows: Sequence[Any]) -> list[Any]:
     return [rows[place] for place in machine.by_length([row.ids for row in rows])]
 
 
-def _parted(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:
+def parted(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:
     return [rows[start : start + size] for start in range(0, len(rows), size)]

@@ -1,7 +1,7 @@
 """The stages of a run folder, each from the weights it starts from to its result.
 
-`contrastive`, `sft` and `readout` hold the training steps; `resuming` holds what they share and
-makes training go on after a kill, and `callbacks` leaves logs, snapshots and costs.
+`contrastive` and `sft` hold the training steps; `resuming` holds what they share and makes training
+go on after a kill, and `callbacks` leaves logs, snapshots and costs.
 """
 
 import logging
@@ -18,7 +18,7 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
 
-from dcr.core import extending, models, passes, prompts, refusal, runs, storage
+from dcr.core import extending, models, passes, prompts, runs
 from dcr.core.config import (
     FSDP,
     Adapter,
@@ -32,7 +32,7 @@ from dcr.core.config import (
     block_of,
 )
 from dcr.core.data import Splits
-from dcr.core.data.module import SafetyData
+from dcr.core.data.module import Feed, SafetyData
 from dcr.core.data.rows import StageRows, check_lengths
 from dcr.core.models import Policy, folders, structure
 from dcr.core.prompts import ChatFormat
@@ -40,7 +40,6 @@ from dcr.core.runs import Run
 from dcr.core.storage import Lease
 from dcr.core.training import callbacks, resuming
 from dcr.core.training.contrastive import ContrastiveModule
-from dcr.core.training.readout import ReadoutModule, summary
 from dcr.core.training.sft import SFTModule
 
 log = logging.getLogger(__name__)
@@ -48,6 +47,8 @@ log = logging.getLogger(__name__)
 # What extensions may add, by the names that `config.TrainTable` gives them.
 # Adds to a run's `rows.json`, and gives a line for each thing to warn of.
 Examine = Callable[[Splits], tuple[Mapping[str, Any], list[str]]]
+# Trains a stage behind those of the core.
+Train = Callable[["Job"], None]
 # Measures on a model, before it trains, the block whose states stage one should read.
 FindLayer = Callable[[TrainConfig], int]
 # Makes the callbacks that measure while a stage of so many steps trains.
@@ -115,13 +116,13 @@ def train_contrastive(job: Job) -> None:
     settings, run = job.settings, job.run
     policy = _contrastive_start(job)
     chat = prompts.chat_format(policy.tokenizer, settings.model)
-    batches = _batches(job, Stage.contrastive, policy, chat)
+    batches = batches_of(job, Stage.contrastive, policy, chat)
     total = batches.steps_per_epoch * settings.dcr.epochs
     module = ContrastiveModule(policy, settings.dcr, job.block, total)
     light = passes.current().shrink_frozen(
         policy.model, job.block, whole=module.anchored, settings=settings
     )
-    trainer = _fit(job, Stage.contrastive, module, policy, chat, batches, total)
+    trainer = fit(job, Stage.contrastive, module, policy, chat, batches, total)
     trained = structure.trained(policy.model)
     if trainer.is_global_zero:
         if light or structure.is_quantised(policy.model) or structure.is_sharded(policy.model):
@@ -130,15 +131,15 @@ def train_contrastive(job: Job) -> None:
         if settings.dcr.adapter is Adapter.lora:
             policy = Policy(policy.model.merge_and_unload(), policy.tokenizer, policy.name)
         folders.save_full(policy, run.stage("contrastive"))
-    _end(job, Stage.contrastive, trainer)
+    end(job, Stage.contrastive, trainer)
 
 
 def train_sft(job: Job) -> None:
     """Stage two: from the base model (STL, STL-aug) or `contrastive/` (DCR) to `sft/`."""
     settings, run = job.settings, job.run
     policy = _sft_start(job)
-    chat = _chat_of_answers(job, policy)
-    batches = _batches(job, Stage.sft, policy, chat)
+    chat = chat_of_answers(job, policy)
+    batches = batches_of(job, Stage.sft, policy, chat)
     if batches.rows.too_long:
         log.warning(
             "%d pairs have no room for a response within sft.max_len=%d and were left out",
@@ -147,43 +148,26 @@ def train_sft(job: Job) -> None:
         )
     total = batches.steps_per_epoch * settings.sft.epochs
     module = SFTModule(policy, settings.sft, total)
-    trainer = _fit(job, Stage.sft, module, policy, chat, batches, total)
+    trainer = fit(job, Stage.sft, module, policy, chat, batches, total)
     trained = structure.trained(policy.model)
     if trainer.is_global_zero:
         folders.save_adapter(policy, run.stage("sft"), policy.name, trained)
-    _end(job, Stage.sft, trainer)
+    end(job, Stage.sft, trainer)
 
 
-def train_readout(job: Job) -> None:
-    """Stage three: from the adapter in `sft/` to `readout/`, on the same base."""
-    settings, run = job.settings, job.run
-    before, phase = run.stage("sft"), settings.sft.readout
-    trusted = settings.model.trust_remote_code
-    policy = folders.open_adapter(before, settings.sft.precision, trust_remote_code=trusted)
-    chat = _chat_of_answers(job, policy)
-    batches = _batches(job, Stage.readout, policy, chat)
-    openings = refusal.refusal_openings(chat)
-    module = ReadoutModule(policy, phase, openings, settings.trainer.progress)
-    trainer = _fit(job, Stage.readout, module, policy, chat, batches, phase.steps)
-    if trainer.is_global_zero:
-        record = module.record(batches, runs.read_metrics(run), settings.seed)
-        storage.write_json(run.readout_file, record)
-        folders.save_adapter(policy, run.stage("readout"), folders.adapter_base(before))
-        log.info("readout: %s", summary(record))
-    _end(job, Stage.readout, trainer)
-
-
-def _batches(job: Job, stage: Stage, policy: Policy, chat: ChatFormat) -> SafetyData:
+def batches_of(
+    job: Job, stage: Stage, policy: Policy, chat: ChatFormat, feed: Feed | None = None
+) -> SafetyData:
     """The batches of a stage, whose base is recorded, or found to be the one that was."""
     if job.lease:
         name, commit = Path(policy.name), getattr(policy.model.config, "_commit_hash", None)
         weights = folders.weights_fingerprint(name) if name.is_dir() else f"{policy.name}@{commit}"
         runs.claim_base(job.run, stage.value, weights, job.settings.force)
     context = models.facts(job.settings.model).context
-    return SafetyData(stage, job.rows, chat, job.settings, context)
+    return SafetyData(stage, job.rows, chat, job.settings, context, feed)
 
 
-def _chat_of_answers(job: Job, policy: Policy) -> ChatFormat:
+def chat_of_answers(job: Job, policy: Policy) -> ChatFormat:
     output_rows = structure.head(policy.model).weight.detach()
     terminator = job.settings.sft.terminator
     return prompts.chat_format(policy.tokenizer, job.settings.model, terminator, output_rows)
@@ -219,7 +203,7 @@ def _sft_start(job: Job) -> Policy:
     return Policy(adapted, policy.tokenizer, policy.name)
 
 
-def _fit(
+def fit(
     job: Job,
     stage: Stage,
     module: resuming.ResumableModule,
@@ -228,7 +212,7 @@ def _fit(
     batches: SafetyData,
     total: int,
 ) -> Trainer:
-    """Train to the end, from the newest checkpoint on; the checkpoints are left until `_end`.
+    """Train to the end, from the newest checkpoint on; the checkpoints are left until `end`.
 
     Raises TrainingError where no weight moved.
     """
@@ -256,7 +240,7 @@ def _fit(
     return trainer
 
 
-def _end(job: Job, stage: Stage, trainer: Trainer) -> None:
+def end(job: Job, stage: Stage, trainer: Trainer) -> None:
     """The stage is done: its result is written."""
     if trainer.is_global_zero:
         forget_checkpoints(job.run, stage)
@@ -347,8 +331,10 @@ def forget_checkpoints(run: Run, stage: Stage) -> None:
     shutil.rmtree(run.checkpoints(stage.value), ignore_errors=True)
 
 
-TRAIN = {
-    Stage.contrastive: train_contrastive,
-    Stage.sft: train_sft,
-    Stage.readout: train_readout,
-}
+TRAIN: dict[Stage, Train] = {Stage.contrastive: train_contrastive, Stage.sft: train_sft}
+
+
+def train_stage(stage: Stage, job: Job) -> None:
+    """From the weights that a stage starts from to its result."""
+    train: Train = TRAIN.get(stage) or extending.ours(job.settings.table.stages[stage.value])
+    train(job)

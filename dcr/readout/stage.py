@@ -3,11 +3,11 @@
 After SFT the state from which the first answer token is read tells toxic prompts from seemingly
 toxic ones far better than the first tokens of refusals do (docs/results.md). A contrast between
 pairs teaches those tokens, and refusals of toxic prompts how to go on: behind "I" stand answers as
-well. What lies below the last blocks
-stays as it is, so each prompt passes it once, and a step costs the last blocks alone. No part of
-the paper.
+well. What lies below the last blocks stays as it is, so each prompt passes it once, and a step
+costs the last blocks alone.
 """
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
@@ -17,18 +17,93 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from dcr.core import passes, refusal, statistics
-from dcr.core.config import READOUT_WARMUP, ConfigError, Precision, ReadoutConfig, Schedule
-from dcr.core.data.module import ReadoutBatch, SafetyData, readout_batch
+from dcr.core import passes, refusal, runs, statistics, storage, training
+from dcr.core.config import ConfigError, Precision, ReadoutConfig, Schedule, Stage
+from dcr.core.data.module import Batch, Feed, SafetyData
 from dcr.core.data.rows import NO_CLASS, SEEMINGLY_TOXIC, TOXIC
-from dcr.core.models import Policy, structure
-from dcr.core.training import callbacks
+from dcr.core.models import Policy, folders, structure
+from dcr.core.passes import attention_mask, padded
+from dcr.core.training import Job, callbacks
 from dcr.core.training.resuming import ResumableModule, adamw, rate_factor
+from dcr.readout import WARMUP
+from dcr.readout.rows import ReadoutPass, ReadoutRows
+
+log = logging.getLogger(__name__)
 
 # Weight of how refusals go on. At 1 "can't" spreads into all answers, which then go in circles.
 WORDING = 0.1
 
 Scores = dict[int, list[float]]  # log-odds of refusing held-out prompts, by class
+
+
+def train(job: Job) -> None:
+    """Stage three: from the adapter in `sft/` to `readout/`, on the same base."""
+    settings, run = job.settings, job.run
+    before, phase = run.stage("sft"), settings.sft.readout
+    trusted = settings.model.trust_remote_code
+    policy = folders.open_adapter(before, settings.sft.precision, trust_remote_code=trusted)
+    chat = training.chat_of_answers(job, policy)
+    feed = Feed(ReadoutRows(job.rows, chat, settings), _of_step, readout_batch)
+    batches = training.batches_of(job, Stage.readout, policy, chat, feed)
+    openings = refusal.refusal_openings(chat)
+    module = ReadoutModule(policy, phase, openings, settings.trainer.progress)
+    trainer = training.fit(job, Stage.readout, module, policy, chat, batches, phase.steps)
+    if trainer.is_global_zero:
+        record = module.record(batches, runs.read_metrics(run), settings.seed)
+        storage.write_json(run.readout_file, record)
+        folders.save_adapter(policy, run.stage("readout"), folders.adapter_base(before))
+        log.info("readout: %s", summary(record))
+    training.end(job, Stage.readout, trainer)
+
+
+# --- batches --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ReadoutBatch(Batch):
+    """Right-padded rows of the readout, prompts or answers, and the positions that are read.
+
+    Attributes:
+        first: which of the positions that are read are the first of their row.
+        opening: the tokens of refusals behind the others, where rows are prompts.
+        number: by which the batch is known among all of the stage.
+    """
+
+    ids: Int[Tensor, "batch length"]
+    mask: Bool[Tensor, "batch length"]
+    read: Bool[Tensor, "batch length"]
+    labels: Int[Tensor, "batch"]
+    first: Bool[Tensor, "places"]
+    opening: Int[Tensor, "tokens"]
+    names: tuple[str, ...]
+    number: int
+
+
+def readout_batch(given: ReadoutPass, pad: int) -> ReadoutBatch:
+    """A pass of the readout as one batch."""
+    number, rows = given
+    mask = attention_mask([row.ids for row in rows])
+    read = torch.zeros_like(mask)
+    for inside, row in zip(read, rows, strict=True):
+        inside[row.places] = True
+    return ReadoutBatch(
+        padded([row.ids for row in rows], pad),
+        mask,
+        read,
+        torch.tensor([row.label for row in rows]),
+        torch.tensor([place == row.places[0] for row in rows for place in row.places]),
+        torch.tensor([token for row in rows for token in row.opening], dtype=torch.long),
+        tuple(row.id for row in rows),
+        number,
+    )
+
+
+def _of_step(rows: ReadoutRows, drawn: Sequence[Sequence[ReadoutPass]]) -> list[ReadoutBatch]:
+    """Prompts, and answers where there are any, whole on every rank."""
+    return [readout_batch(each, rows.pad) for passes in drawn for each in passes]
+
+
+# --- the last blocks by themselves ----------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +168,9 @@ def drift(
     """KL(before ‖ now) of the next token at each place, in nats, from logits."""
     old, new = before.log_softmax(-1), now.log_softmax(-1)
     return (old.exp() * (old - new)).sum(-1)
+
+
+# --- the module -----------------------------------------------------------------------------------
 
 
 class ReadoutModule(ResumableModule):
@@ -248,7 +326,7 @@ class ReadoutModule(ResumableModule):
 
     def configure_optimizers(self) -> Any:
         config = self.config
-        factor = rate_factor(Schedule.linear, config.steps, round(READOUT_WARMUP * config.steps))
+        factor = rate_factor(Schedule.linear, config.steps, round(WARMUP * config.steps))
         return adamw(self, config.lr, config.weight_decay, factor)
 
 
