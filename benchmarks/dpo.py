@@ -24,10 +24,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import get_cosine_schedule_with_warmup
 
-from dcr import extensions
+from dcr import extensions, resolving
 from dcr.calibration import biases
 from dcr.core import passes, prompts, sources, storage
-from dcr.core.config import ConfigError, Kind, Precision, UserError, resolving
+from dcr.core.config import ConfigError, Kind, Precision, UserError
 from dcr.core.models import Policy, folders, structure
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run

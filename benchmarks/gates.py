@@ -25,9 +25,10 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline, make_union
 
+from dcr import resolving
 from dcr.analyses import separability
 from dcr.core import models, prompts, sources
-from dcr.core.config import ModelConfig, Precision, resolving
+from dcr.core.config import ModelConfig, Precision
 from dcr.core.models import Policy, folders, structure
 from dcr.core.runs import Run
 from dcr.frontier import arms, comparing

@@ -35,9 +35,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from dcr import cli, extensions
+from dcr import cli, extensions, resolving
 from dcr.core import generation, models, prompts, refusal, sources
-from dcr.core.config import Kind, Precision, resolving
+from dcr.core.config import Kind, Precision
 from dcr.core.config.evaluation import GenConfig
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat

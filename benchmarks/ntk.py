@@ -25,11 +25,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from dcr import cli
+from dcr import cli, resolving
 from dcr.analyses import ntk
 from dcr.analyses.ntk import Settings, empirical
 from dcr.core import models, sources
-from dcr.core.config import Kind, Precision, resolving
+from dcr.core.config import Kind, Precision
 from dcr.core.models import Policy
 from dcr.extensions import TrainSettings
 

@@ -26,10 +26,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from dcr import cli, extensions
+from dcr import cli, extensions, resolving
 from dcr.analyses import probability
 from dcr.core import models, passes, prompts, sources
-from dcr.core.config import Kind, Precision, resolving
+from dcr.core.config import Kind, Precision
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
 from dcr.core.refusal.opening import continuations, ending

@@ -29,11 +29,11 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from dcr import cli, extensions
+from dcr import cli, extensions, resolving
 from dcr.contrast import ContrastConfig
 from dcr.contrast.decoding import asked_for
 from dcr.core import generation, models, prompts, refusal, sources
-from dcr.core.config import Kind, Precision, resolving
+from dcr.core.config import Kind, Precision
 from dcr.core.models import Policy, folders, structure
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run

@@ -23,9 +23,9 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from dcr import cli, extensions
+from dcr import cli, extensions, resolving
 from dcr.core import data, models, prompts
-from dcr.core.config import Stage, TrainConfig, resolving
+from dcr.core.config import Stage, TrainConfig
 from dcr.core.data.module import pair_batch
 from dcr.core.data.rows import StageRows, micro_batches
 from dcr.core.models import Policy, structure

@@ -16,11 +16,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dcr import balance, cli, entry, extensions, keywords, twins
+from dcr import balance, cli, entry, extensions, keywords, resolving, twins
 from dcr import eval as evaluation
 from dcr.balance import Balance
 from dcr.core import config, machine, prompts, sources, storage
-from dcr.core.config import ConfigError, Kind, resolving
+from dcr.core.config import ConfigError, Kind
 from dcr.core.config.evaluation import AUTO_LENGTH
 from dcr.core.evaluation.sets import PromptSet
 from dcr.core.runs import Run

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dcr import ending, entry, extensions, keywords
+from dcr import ending, entry, extensions, keywords, resolving
 from dcr.core import machine, prompts, refusal
 from dcr.core.config import (
     ConfigError,
@@ -13,7 +13,6 @@ from dcr.core.config import (
     ModelConfig,
     Precision,
     UserError,
-    resolving,
 )
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run

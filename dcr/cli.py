@@ -32,8 +32,9 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Column, Table
 
+from dcr import resolving
 from dcr.core import config, runs, storage
-from dcr.core.config import ConfigError, ModelConfig, TrainConfig, UserError, resolving
+from dcr.core.config import ConfigError, ModelConfig, TrainConfig, UserError
 from dcr.core.config.evaluation import EvalConfig
 from dcr.core.runs import Run
 from dcr.core.text import label_of

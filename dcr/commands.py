@@ -11,9 +11,9 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from dcr import cli, ending, extensions, launching
+from dcr import cli, ending, extensions, launching, resolving
 from dcr.core import config
-from dcr.core.config import ConfigError, resolving
+from dcr.core.config import ConfigError
 from dcr.core.runs import Run
 from dcr.core.text import nearest
 from dcr.extensions import EvalSettings, TrainSettings

@@ -17,8 +17,9 @@ from typing import Any, NoReturn
 
 from omegaconf.errors import OmegaConfBaseException
 
+from dcr import resolving
 from dcr.core import machine
-from dcr.core.config import ConfigError, TrainConfig, UserError, resolving
+from dcr.core.config import ConfigError, TrainConfig, UserError
 from dcr.core.text import printable
 
 # The schemas of the scripts; `dcr.extensions` puts in its own, and that of eval.

@@ -24,7 +24,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 
-from dcr.core.config import ConfigError, UserError, resolving
+from dcr import resolving
+from dcr.core.config import ConfigError, UserError
 from dcr.core.text import nearest
 from dcr.ending import faults_in_words, quieten, safe_output, single_line, stopped_by
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from dcr import entry, gating, robustness
+from dcr import entry, gating, resolving, robustness
 from dcr.core import config, machine, prompts, runs, storage
 from dcr.core.config import (
     AUTO_LAYER,
@@ -19,7 +19,6 @@ from dcr.core.config import (
     ContrastiveConfig,
     Precision,
     block_of,
-    resolving,
 )
 from dcr.core.evaluation.sets import APART, check_names
 from dcr.core.prompts import ChatFormat

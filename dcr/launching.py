@@ -26,10 +26,10 @@ from hydra.core.utils import JobReturn, JobStatus, configure_log
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
-from dcr import cli, ending
+from dcr import cli, ending, resolving
 from dcr.cli import Outcome
 from dcr.core import config, storage
-from dcr.core.config import ConfigError, UserError, resolving
+from dcr.core.config import ConfigError, UserError
 
 log = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from dcr import adopting, cli, ending, entry, extensions, plan
+from dcr import adopting, cli, ending, entry, extensions, plan, resolving
 from dcr import eval as evaluation
 from dcr.adopting import NAMES
 from dcr.core import config, data, extending, machine, prompts, runs, storage
@@ -37,7 +37,6 @@ from dcr.core.config import (
     Stage,
     TrainConfig,
     UserError,
-    resolving,
 )
 from dcr.core.config.evaluation import DeviceConfig
 from dcr.core.runs import Run

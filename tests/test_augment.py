@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from dcr import augment, cli, entry, train
+from dcr import augment, cli, entry, resolving, train
 from dcr.augment import INSTRUCTIONS
 from dcr.contamination import texts_of
 from dcr.core import data, runs
@@ -29,7 +29,6 @@ from dcr.core.config import (
     SafetyPairsConfig,
     SourceConfig,
     UserError,
-    resolving,
 )
 from dcr.core.data import Splits, overlaps
 from dcr.core.runs import Run

@@ -16,9 +16,9 @@ import torch
 from hydra import compose, initialize_config_dir
 from tiny_run import CONF, overrides, write_jsonl
 
-from dcr import chat, cli, commands, ending, entry
+from dcr import chat, cli, commands, ending, entry, resolving
 from dcr.core import models
-from dcr.core.config import ConfigError, UserError, resolving
+from dcr.core.config import ConfigError, UserError
 from dcr.core.runs import Run
 
 ROOT = Path(__file__).parent.parent

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from dcr import cli
+from dcr import cli, resolving
 from dcr.core import config, models
 from dcr.core.config import (
     ConfigError,
@@ -23,11 +23,10 @@ from dcr.core.config import (
     NLLSource,
     Stage,
     TrainConfig,
-    resolving,
 )
-from dcr.core.config.resolving import settings_of
 from dcr.core.text import label_of
 from dcr.extensions import EvalSettings, TrainSettings
+from dcr.resolving import settings_of
 from dcr.tracking import TrackingConfig
 from tests.tiny_run import CONF, composed
 

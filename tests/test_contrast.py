@@ -12,11 +12,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from dcr import resolving
 from dcr.contrast import ContrastConfig
 from dcr.contrast import decoding as contrast
 from dcr.contrast.decoding import EMPHASIS, REFUSE, adapted, contrasted
 from dcr.core import generation, prompts
-from dcr.core.config import ConfigError, DataError, Kind, ModelConfig, resolving
+from dcr.core.config import ConfigError, DataError, Kind, ModelConfig
 from dcr.core.generation import Completion
 from dcr.core.models import Policy
 from dcr.core.prompts import CHATML, ChatFormat

@@ -19,9 +19,9 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GroupKFold
 
 import dcr
-from dcr import balance, keywords
+from dcr import balance, keywords, resolving
 from dcr.core import data, sources
-from dcr.core.config import Kind, resolving
+from dcr.core.config import Kind
 from dcr.core.sources import SOURCES, Example
 from dcr.core.text import normalise
 from dcr.extensions import TrainSettings

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from benchmarks import dpo
+from dcr import resolving
 from dcr.core import prompts, refusal
-from dcr.core.config import ConfigError, Kind, Precision, resolving
+from dcr.core.config import ConfigError, Kind, Precision
 from dcr.core.models import Policy, folders
 from dcr.core.runs import Run, last_stage
 from dcr.frontier import comparing

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import yaml
 
+from dcr import resolving
 from dcr.core import config, statistics, storage
-from dcr.core.config import DataError, Kind, resolving
+from dcr.core.config import DataError, Kind
 from dcr.core.evaluation.sets import APART
 from dcr.extensions import TrainSettings
 from dcr.frontier import Rule, arms, comparing

@@ -15,9 +15,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from dcr import cli, train
+from dcr import cli, resolving, train
 from dcr.core import config, models, storage
-from dcr.core.config import ModelConfig, Precision, TrainConfig, UserError, resolving
+from dcr.core.config import ModelConfig, Precision, TrainConfig, UserError
 from dcr.core.models import folders
 from dcr.core.runs import Run
 from dcr.extensions import EvalSettings, TrainSettings

@@ -17,9 +17,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcr import balance, cli, ending, entry, wandb_run
+from dcr import balance, cli, ending, entry, resolving, wandb_run
 from dcr.core import config, runs, sources, storage
-from dcr.core.config import Kind, ModelConfig, UserError, resolving
+from dcr.core.config import Kind, ModelConfig, UserError
 from dcr.core.generation import Completion
 from dcr.core.runs import Run
 from dcr.core.text import encodable, printable

@@ -9,11 +9,11 @@ import pytest
 from hydra import compose, initialize_config_dir
 from transformers import AutoTokenizer
 
-from dcr import cli, harness, keywords, outcomes, train
+from dcr import cli, harness, keywords, outcomes, resolving, train
 from dcr import eval as eval_entry
 from dcr.calibration import biases
 from dcr.core import models, prompts, refusal
-from dcr.core.config import ConfigError, Language, ModelConfig, resolving
+from dcr.core.config import ConfigError, Language, ModelConfig
 from dcr.core.evaluation import scoring
 from dcr.core.runs import Run
 from dcr.extensions import EvalSettings, TrainSettings

@@ -19,8 +19,8 @@ import yaml
 from forked import killed
 from tiny_run import logged, overrides, same, settings, weights
 
-from dcr import cli, launching, train
-from dcr.core.config import ConfigError, UserError, resolving
+from dcr import cli, launching, resolving, train
+from dcr.core.config import ConfigError, UserError
 from dcr.core.runs import Run
 from dcr.extensions import TrainSettings
 from dcr.launching import Command, JoblibOptions, SlurmOptions

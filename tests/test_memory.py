@@ -15,7 +15,7 @@ from unittest import mock
 
 import pytest
 
-from dcr.core.config import resolving
+from dcr import resolving
 
 LLAMA3_8B = {
     **{"model_type": "llama", "hidden_size": 512, "intermediate_size": 1792, "vocab_size": 16032},

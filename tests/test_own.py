@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import yaml
 
-from dcr import cli, results, study, wandb_scores
+from dcr import cli, resolving, results, study, wandb_scores
 from dcr.core import config, extending, runs
-from dcr.core.config import UserError, resolving
+from dcr.core.config import UserError
 from dcr.core.evaluation import metrics
 from dcr.extensions import EvalSettings
 from dcr.report import __main__ as report

@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from dcr import cli, plan
+from dcr import cli, plan, resolving
 from dcr import train as training_script
 from dcr.core import data, machine, models
 from dcr.core.config import (
@@ -24,7 +24,6 @@ from dcr.core.config import (
     Precision,
     Stage,
     TrainConfig,
-    resolving,
 )
 from dcr.core.data.module import pair_batch, prompt_batch
 from dcr.core.models import structure

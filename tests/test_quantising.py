@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from dcr import cli, dequantising, export, plan, train
+from dcr import cli, dequantising, export, plan, resolving, train
 from dcr import eval as evaluation
 from dcr.core import machine, models, passes
 from dcr.core.config import (
@@ -21,7 +21,6 @@ from dcr.core.config import (
     Precision,
     Quantization,
     Stage,
-    resolving,
     stages_of,
 )
 from dcr.core.models import folders, structure

@@ -15,9 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dcr import cli, train
+from dcr import cli, resolving, train
 from dcr.core import runs
-from dcr.core.config import TrainConfig, resolving
+from dcr.core.config import TrainConfig
 from dcr.core.data.module import SafetyData
 from dcr.core.runs import Run
 from dcr.core.training.resuming import StepSeed

@@ -18,9 +18,10 @@ from typing import Any
 from pydantic import FiniteFloat
 from typing_extensions import TypedDict
 
+from dcr import resolving
 from dcr.calibration import CalibrationConfig
 from dcr.core import generation, refusal, storage
-from dcr.core.config import ConfigError, Kind, Method, resolving
+from dcr.core.config import ConfigError, Kind, Method
 from dcr.core.config.evaluation import EvalConfig
 from dcr.core.evaluation import subjects
 from dcr.core.evaluation.protocols import Change

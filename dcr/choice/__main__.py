@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from dcr import cli, entry
+from dcr import cli, entry, resolving
 from dcr.choice.origins import FEWEST, LIMIT
 from dcr.core import machine, storage
-from dcr.core.config import Precision, UserError, resolving
+from dcr.core.config import Precision, UserError
 from dcr.core.statistics import Interval
 from dcr.core.text import label_of
 from dcr.extensions import TrainSettings

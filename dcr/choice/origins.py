@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from dcr.core import sources
 from dcr.core.config import ConfigError, DataConfig, DataError, Kind
-from dcr.core.config.resolving import source_names
 from dcr.core.evaluation import sets
 from dcr.core.sources import SOURCES, Example
+from dcr.resolving import source_names
 
 LIMIT = 200  # prompts of each class of a pair
 FEWEST = 10  # fewer say nothing

@@ -4,8 +4,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from dcr import cli, entry
-from dcr.core.config import resolving
+from dcr import cli, entry, resolving
 from dcr.extensions import TrainSettings
 from dcr.gate import Recipe
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from dcr import inference
+from dcr import inference, resolving
 from dcr.core import storage
-from dcr.core.config import ConfigError, Kind, resolving
+from dcr.core.config import ConfigError, Kind
 from dcr.core.config.evaluation import EvalConfig
 from dcr.core.evaluation import subjects
 from dcr.core.evaluation.protocols import Answers, Task, Work

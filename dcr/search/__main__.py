@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from dcr import cli, entry, search, study
+from dcr import cli, entry, resolving, search, study
 from dcr.core import config, storage
-from dcr.core.config import ConfigError, Method, resolving
+from dcr.core.config import ConfigError, Method
 from dcr.extensions import TrainSettings
 from dcr.search import OBJECTIVES, Search
 from dcr.study import StudyError

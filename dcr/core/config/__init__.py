@@ -1,10 +1,9 @@
 """The typed configuration: every setting of `train.py`, with its type, its choices and its default.
 
-Hydra composes, `resolving.resolve` makes plain dataclasses of the result once and checks them, and
+Hydra composes, `dcr.resolving` makes plain dataclasses of the result once and checks them, and
 below the entry scripts nothing else travels. Numbers of the paper that do not vary by model are
 defaults here (section references are to arXiv 2603.03323); those that do stand in `conf/model/`.
-What `eval.py` alone can be told is in `evaluation` and in the extensions; training opens neither
-`evaluation` nor `resolving`.
+What `eval.py` alone can be told is in `evaluation` and in the extensions.
 """
 
 import importlib.util
