@@ -18,7 +18,6 @@ from dcr.core.config import (
     Method,
     ModelConfig,
     Moments,
-    OwnPath,
     Precision,
     Quantization,
     ScriptSettings,
@@ -34,12 +33,13 @@ from dcr.core.config import (
 )
 from dcr.core.text import nearest
 from dcr.core.thoughts import SWITCHES
+from dcr.own import Named
 
 Node = TypeVar("Node", bound=ScriptSettings)
 
 
 def resolve(
-    composed: DictConfig, schema: type[Node], own: Mapping[str, OwnPath] | None = None
+    composed: DictConfig, schema: type[Node], own: Mapping[str, Named] | None = None
 ) -> Node:
     """The composed configuration as dataclasses to read only, checked as far as it can be alone.
 
@@ -76,14 +76,14 @@ def resolve(
     return config
 
 
-def own_paths(composed: Any) -> dict[str, OwnPath]:
+def own_paths(composed: Any) -> dict[str, Named]:
     """The paths of a user's own parts in composed settings, or in plain ones, by their text.
 
     Raises ConfigError for settings of a class that nothing names.
     """
     if isinstance(composed, DictConfig):
         composed = OmegaConf.to_container(composed, resolve=False)
-    found = {text: OwnPath(text) for text in _texts(composed) if is_path(text)}
+    found = {text: Named(text) for text in _texts(composed) if is_path(text)}
     given = composed.get("own") or {}
     classes = [class_of(path) for path in found]
     for name, settings in given.items():
@@ -106,7 +106,7 @@ def _texts(node: Any) -> Iterator[str]:
             yield from _texts(each)
 
 
-def _with_own(node: Any, own: Mapping[str, OwnPath]) -> Any:
+def _with_own(node: Any, own: Mapping[str, Named]) -> Any:
     """The settings with the user's paths in the place of their texts."""
     if is_dataclass(node) and not isinstance(node, type):
         return replace(

@@ -25,7 +25,6 @@ from dcr.core.config import (
     DataConfig,
     DataError,
     EvaluationSets,
-    OwnPath,
     SafetyPairsConfig,
     SourceConfig,
     UserError,
@@ -33,6 +32,7 @@ from dcr.core.config import (
 from dcr.core.data import Splits, overlaps
 from dcr.core.runs import Run
 from dcr.extensions import TrainSettings
+from dcr.own import Named
 from dcr.plan import expected
 from dcr.stl_aug import AugmentConfig
 from dcr.stl_aug.rows import added, read_answers
@@ -256,7 +256,7 @@ class Answers(Rows):
         return [{{"prompt": text, "response": text}} for text in ("Yes.", {REFUSED!r})]
 """)
     monkeypatch.syspath_prepend(tmp_path)
-    path = OwnPath("own_answers:Answers")
+    path = Named("own_answers:Answers")
     path.settings = {}
     with pytest.raises(DataError, match=r"^own_answers:Answers:2: response: of Answers-2: a refus"):
         read_answers(path, None)

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
-from dcr import cli, resolving, results, study, wandb_scores
-from dcr.core import config, extending, runs
+from dcr import cli, own, resolving, results, study, wandb_scores
+from dcr.core import config, runs
 from dcr.core.config import UserError
 from dcr.core.evaluation import metrics
 from dcr.extensions import EvalSettings
@@ -108,7 +108,7 @@ ASKED = (
 
 def forget() -> None:
     """As in a new process, nothing of a user's own is imported."""
-    extending.load.cache_clear()
+    own.load.cache_clear()
     sys.modules.pop("own_lab", None)
 
 

@@ -6,8 +6,9 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-from dcr.core import extending
+from dcr import own as loading
 from dcr.core.config import ConfigError
+from dcr.core.extending import sha256
 from dcr.report.sections import (
     FIGURE_ENDINGS,
     SECTIONS,
@@ -38,11 +39,11 @@ def sections(
         ("figure", Figure, figures, FIGURE_ENDINGS),
     ):
         for path in paths:
-            own: type = extending.load(path, base, option)
+            own: type = loading.load(path, base, option)
             if own.__name__ in {*SECTIONS, *made}:
                 raise ConfigError(f"{option}={path}: a section {own.__name__} is there; rename it")
-            instance = extending.with_settings(own, given.pop(own.__name__, {}))
-            origin = f"{path}, source sha256 {extending.sha256(own)}"
+            instance = loading.with_settings(own, given.pop(own.__name__, {}))
+            origin = f"{path}, source sha256 {sha256(own)}"
             make = functools.partial(_made, instance, origin)
             made[own.__name__] = Section(make, (), option, endings)
     for name in given:

@@ -572,11 +572,12 @@ def fault_of_run(made_with: Mapping[str, Any]) -> str | None:
 class OwnPath(str):
     """The path of a user's own part where the user's command or YAML names it.
 
-    A run's `config.yaml` holds the same text as a plain str, which imports nothing. `settings` are
-    the fields of the part's class that the user set.
+    A run's `config.yaml` holds the same text as a plain str, which imports nothing.
     """
 
-    settings: Mapping[str, Any]
+    def made(self, base: type[Node], key: str) -> Node:
+        """An instance of the part, see `extending.made`."""
+        raise NotImplementedError
 
 
 def is_path(name: str) -> bool:
