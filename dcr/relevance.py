@@ -21,7 +21,7 @@ from torch import Tensor
 from dcr import inference
 from dcr.core import machine, models, passes, storage
 from dcr.core.config import EMBEDDED_MODEL, ConfigError, ModelConfig, Precision
-from dcr.core.config.evaluation import EvalConfig, cut_short
+from dcr.core.config.evaluation import EvalConfig
 from dcr.core.evaluation import sets
 from dcr.core.evaluation.protocols import Task, Work
 from dcr.core.evaluation.sets import PromptSet
@@ -30,6 +30,7 @@ from dcr.core.models import Policy, structure
 from dcr.core.prompts import IGNORED
 from dcr.core.runs import Run
 from dcr.core.sources import Example
+from dcr.resolving import cut_short
 
 MODEL = EMBEDDED_MODEL  # one for all, so that columns compare; in fp32, so that machines do
 BETWEEN = "\n\nQuestion:"  # an answer and its prompt

@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dcr.core.config import ConfigError, ranged
-from dcr.core.config.evaluation import EvalConfig, GenConfig, decoding_alone
+from dcr.core.config.evaluation import EvalConfig, GenConfig
 from dcr.core.evaluation.protocols import Change
+from dcr.resolving import decoding_alone
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

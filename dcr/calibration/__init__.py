@@ -6,7 +6,8 @@ Its settings and their checks; `biases` finds the bias.
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from dcr.core.config.evaluation import EvalConfig, decoding_alone
+from dcr.core.config.evaluation import EvalConfig
+from dcr.resolving import decoding_alone
 
 
 @dataclass

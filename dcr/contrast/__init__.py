@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dcr.core.config import not_negative, positive, ranged
-from dcr.core.config.evaluation import EvalConfig, GenConfig, cut_short, decoding_alone
+from dcr.core.config.evaluation import EvalConfig, GenConfig
+from dcr.resolving import cut_short, decoding_alone
 
 
 @dataclass

@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from dcr.core.config import Language, not_negative, positive, ranged
-from dcr.core.config.evaluation import cut_short
+from dcr.resolving import cut_short
 
 PRICE = "give USD per million tokens, or null"
 

@@ -6,7 +6,8 @@ Its settings and their checks; `win_rates` has the answers compared.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dcr.core.config.evaluation import EvalConfig, cut_short
+from dcr.core.config.evaluation import EvalConfig
+from dcr.resolving import cut_short
 
 
 @dataclass

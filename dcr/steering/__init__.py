@@ -15,7 +15,8 @@ from omegaconf import II
 
 from dcr.calibration import CalibrationConfig
 from dcr.core.config import Kind, positive, ranged
-from dcr.core.config.evaluation import EvalConfig, unknown
+from dcr.core.config.evaluation import EvalConfig
+from dcr.resolving import unknown
 
 METHODS = ("none", "scans", "surgical", "ablation", "probe")
 OF_EACH_KIND = "give prompts of each kind, 1 or more"

@@ -472,11 +472,6 @@ class ScriptSettings:
                 return node
         raise LookupError(f"{type(self).__name__} has no node of type {kind.__name__}")
 
-    def faults(self) -> Iterator[str]:
-        """Settings that contradict each other, each a line that names key, value and cure."""
-        for relations in self.table.relations:
-            yield from relations(self)
-
 
 @dataclass
 class TrainConfig(ScriptSettings):

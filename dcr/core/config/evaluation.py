@@ -3,7 +3,7 @@
 Nodes that `train.py` has as well are those of `config`; an extension brings its own, see `Table`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
@@ -16,12 +16,10 @@ from dcr.core.config import (
     ScriptSettings,
     Stage,
     WandbConfig,
-    class_of,
-    is_path,
 )
 
 AUTO_LENGTH = "auto"  # gen.max_new_tokens: until XSTest's keywords have decided
-CORE_TASKS, KEYWORD = ("over_refusal", "safety", "discernment"), "keyword"
+KEYWORD = "keyword"  # the judge by keywords
 
 
 @dataclass
@@ -111,73 +109,3 @@ class EvalConfig(ScriptSettings):
         """The same with these settings at their defaults."""
         plain = type(self)()
         return replace(self, **{key: getattr(plain, key) for key in keys})
-
-    def faults(self) -> Iterator[str]:
-        yield from _faults(self)
-        yield from super().faults()
-
-
-def _faults(config: EvalConfig) -> Iterator[str]:
-    table, gen, trainer = config.table, config.gen, config.trainer
-    yield from unknown("tasks", config.tasks, (*CORE_TASKS, *table.tasks))
-    yield from unknown("judge", config.judge, (KEYWORD, *table.judges))
-    if not config.tasks:
-        yield "tasks=[]: nothing to evaluate; name at least one task"
-    if not config.judge:
-        yield "judge=[]: name at least one judge, such as keyword"
-    if trainer.devices > 1 and trainer.accelerator == "mps":
-        yield (
-            f"trainer.devices={trainer.devices} trainer.accelerator=mps: there is one; leave "
-            "trainer.devices out"
-        )
-    if config.steps is not None and not config.snapshots:
-        yield f"steps={config.steps}: picks among snapshots; add snapshots=true"
-    if config.steps == []:
-        yield "steps=[]: name at least one step, or leave it out for all"
-    if config.run is None and config.stage is not Stage.all:
-        yield f"stage={config.stage.value}: is a stage of a run; add run=<folder>, or leave it out"
-    if config.run is None and config.snapshots:
-        yield "snapshots=true: are those of a run; add run=<folder>, or leave it out"
-    if gen.max_new_tokens == AUTO_LENGTH:
-        judges = [f"judge=[{judge}]" for judge in config.judge if judge != KEYWORD]
-        yield from cut_short(config, *judges)
-    elif type(gen.max_new_tokens) is not int:
-        yield f"gen.max_new_tokens={gen.max_new_tokens}: give a number of tokens, or auto"
-    if gen.prefill is not None:
-        named = f"gen.prefill={gen.prefill!r}"
-        yield from decoding_alone(config, named, "only answers are prefilled")
-        if not gen.prefill or gen.prefill.isspace():
-            yield f"{named}: nothing to begin an answer with; name words or leave it out"
-
-
-def unknown(key: str, named: str | Sequence[str], known: Sequence[str]) -> Iterator[str]:
-    """Names, or one name, that are neither known under this key nor the path of a user's own."""
-    names = [named] if isinstance(named, str) else named
-    if not all(isinstance(name, str) for name in names):
-        yield f"{key}={named}: give names, as in {key}=[a,b]"
-        return
-    told = named if isinstance(named, str) else f"[{','.join(named)}]"
-    classes = [class_of(name) for name in names]
-    for name, own in zip(names, classes, strict=True):
-        if name not in known and not is_path(name):
-            yield f"{key}={told}: choose one of {', '.join(known)}"
-        if is_path(name) and (own in known or classes.count(own) > 1):
-            yield f"{key}={told}: two are called {own}; rename the class"
-
-
-def cut_short(config: EvalConfig, *others: str) -> Iterator[str]:
-    """Settings that want whole answers, or have no say in when one ends, where length is auto."""
-    for other in others if config.gen.max_new_tokens == AUTO_LENGTH else ():
-        yield (
-            f"gen.max_new_tokens=auto {other}: answers end where XSTest's keywords have decided; "
-            "give a number of tokens"
-        )
-
-
-def decoding_alone(config: EvalConfig, named: str, why: str) -> Iterator[str]:
-    """Tasks that decode no answer, beside a setting of how answers are decoded."""
-    for task in ("discernment", *config.table.on_weights):
-        if task in config.tasks:
-            yield (
-                f"{named} tasks=[{task}]: {why}, and {task} decodes none; leave one of the two out"
-            )
