@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dcr import ending
-from dcr.core import config, data, machine, runs, storage
+from dcr.core import config, continuing, data, machine, runs, storage
 from dcr.core.config import DataError, Stage, TrainConfig, UserError
 from dcr.core.runs import Cost, Run
 from dcr.ending import single_line
@@ -35,10 +35,10 @@ def _by_stage(file: Path) -> dict[str, str]:
 
 def made_of(made_with: Mapping[str, Any], stage: Stage) -> str:
     """A fingerprint of the part of a run's configuration that a shared stage depends on."""
-    decisive = runs.binding(made_with)
+    decisive = continuing.binding(made_with)
     if stage is Stage.contrastive:
         nodes = {key: decisive.get(key) for key in STAGE_ONE}
-        return storage.fingerprint(nodes | runs.of_general_pairs(decisive))
+        return storage.fingerprint(nodes | continuing.of_general_pairs(decisive))
     sft = {key: value for key, value in decisive["sft"].items() if key != "readout"}
     return storage.fingerprint(decisive | {"sft": sft})
 

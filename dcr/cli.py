@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from dcr import resolving
-from dcr.core import config, runs, storage
+from dcr.core import config, continuing, storage
 from dcr.core.config import ConfigError, ModelConfig, TrainConfig, UserError
 from dcr.core.config.evaluation import EvalConfig
 from dcr.core.runs import Run
@@ -122,7 +122,7 @@ def _run_folder(parent: str = "", *, _root_: DictConfig) -> str:
         return str(named)
     plain = OmegaConf.to_container(_root_, resolve=False)
     assert isinstance(plain, dict)
-    settings = runs.binding({str(k): v for k, v in plain.items() if k != "hydra"})
+    settings = continuing.binding({str(k): v for k, v in plain.items() if k != "hydra"})
     model = _root_.model
     given = "label" in _fields_of_model(_overrides(_root_.hydra))
     of_another = names_another_model(model) and not given

@@ -28,7 +28,7 @@ from typing import Any
 from dcr import adopting, cli, ending, entry, extensions, plan, resolving
 from dcr import eval as evaluation
 from dcr.adopting import NAMES
-from dcr.core import config, data, extending, machine, prompts, runs, storage
+from dcr.core import config, continuing, data, extending, machine, prompts, storage
 from dcr.core.config import (
     STAGES,
     ConfigError,
@@ -43,6 +43,7 @@ from dcr.core.runs import Run
 from dcr.core.text import label_of, nearest
 from dcr.ending import single_line
 from dcr.extensions import EvalSettings, TrainSettings
+from dcr.own import load
 from dcr.plan import cost
 
 SLOW_IMPORTS = ("dcr.train", "dcr.core.evaluation.metrics")
@@ -192,7 +193,7 @@ def job_of(
     if settings.trainer.devices * settings.trainer.num_nodes > 1:
         raise ConfigError("trainer.devices: a study runs job after job, each on one device")
     made_with = config.plain(settings)
-    named = storage.fingerprint(runs.binding(made_with))
+    named = storage.fingerprint(continuing.binding(made_with))
     run = Run(out / f"{_label(settings)}-{settings.method.value}-{named}")
     combined = cli.combinations(evaluating)
     if settings.method is Method.stl:
@@ -206,7 +207,8 @@ def job_of(
 def base_of(out: Path, settings: TrainConfig, evaluating: Sequence[str]) -> Job:
     """The model that a job starts from, evaluated as the job is."""
     made_with = config.plain(settings)
-    named = f"{_label(settings)}-base-{storage.fingerprint(runs.binding_model(made_with['model']))}"
+    model = storage.fingerprint(continuing.binding_model(made_with["model"]))
+    named = f"{_label(settings)}-base-{model}"
     evaluations = _evaluations(cli.combinations(evaluating), made_with)
     return Job(f"base model {_label(settings)}", Run(out / named), None, tuple(evaluations))
 
@@ -296,7 +298,7 @@ def check_jobs(planned: Sequence[Job]) -> None:
             rows = training_script.checked(job.training, job.run)
             try:
                 with suppress(DataError):  # a damaged run fails by itself
-                    runs.check_rows(job.run, data.row_record(rows), force=False)
+                    continuing.check_rows(job.run, data.row_record(rows), force=False)
             except ConfigError as fault:
                 raise ConfigError(f"{job.name}: {fault} (here: out=)") from fault
         for settings in job.evaluations:
@@ -353,7 +355,7 @@ def evaluated_as(settings: EvalSettings, run: Run) -> str:
 def own_files(node: Any) -> list[str]:
     """The hashes of a user's own files and classes that plain settings name."""
     if isinstance(node, str) and config.is_path(node):
-        return [extending.sha256(extending.load(node, object))]
+        return [extending.sha256(load(node, object))]
     if isinstance(node, str):
         return [storage.sha256(Path(node))] if os.path.isfile(node) else []
     parts = node.values() if isinstance(node, Mapping) else node if isinstance(node, list) else ()

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from lightning.pytorch.utilities import rank_zero_only
 
-from dcr.core import config, data, extending, machine, models, runs, storage, training
+from dcr.core import config, continuing, data, extending, machine, models, runs, storage, training
 from dcr.core.config import ConfigError, Method, Stage, TrainConfig
 from dcr.core.data import Splits
 from dcr.core.runs import Run
@@ -131,13 +131,13 @@ def _claimed(settings: TrainConfig, run: Run, rows: Splits) -> Iterator[Lease | 
     with storage.locked(run.folder) as lease:
         try:
             made_with = config.plain(settings)
-            anew = runs.check_config(run, made_with, settings.force)
+            anew = continuing.check_config(run, made_with, settings.force)
             examine: Examine | None = extending.ours(settings.table.examining)
             about, warnings = examine(rows) if examine else ({}, [])
             record = data.row_record(rows, about)
-            anew |= runs.check_rows(run, record, settings.force)
+            anew |= continuing.check_rows(run, record, settings.force)
             if anew:  # nothing refuses this command any more
-                runs.begin_anew(run)
+                continuing.begin_anew(run)
             storage.write_json(run.rows_file, record)
             runs.write_config(run, made_with)
             drawn = (f"{len(part)} {name}" for name, part in rows.parts().items() if part)

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from dcr import cli, own, resolving, results, study, wandb_scores
-from dcr.core import config, runs
+from dcr.core import config, continuing, runs
 from dcr.core.config import UserError
 from dcr.core.evaluation import metrics
 from dcr.extensions import EvalSettings
@@ -269,7 +269,7 @@ def test_rows_of_another_version_of_a_source_are_refused(lab: Path) -> None:
     path = "examples.sources:Spreadsheet"
     newer = record | {"own": {path: record["own"][path] | {"sha256": "0" * 64}}}
     with pytest.raises(UserError, match=rf"{path}: source sha256 \w+ -> source sha256 00000000"):
-        runs.check_rows(runs.Run(lab / "run"), newer, force=False)
+        continuing.check_rows(runs.Run(lab / "run"), newer, force=False)
 
 
 def test_a_path_carries_its_settings_to_other_processes_and_is_text_on_disk() -> None:

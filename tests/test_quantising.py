@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from dcr import cli, dequantising, export, plan, resolving, train
 from dcr import eval as evaluation
-from dcr.core import machine, models, passes
+from dcr.core import continuing, machine, models, passes
 from dcr.core.config import (
     ConfigError,
     LoraConfig,
@@ -344,10 +344,10 @@ def test_without_bitsandbytes_only_a_plan_is_made(
 
 
 def test_settings_at_their_default_leave_the_names_of_runs_alone() -> None:
-    from dcr.core import config, runs
+    from dcr.core import config
 
     settings = resolving.resolve(tiny_run.composed("train", "model=tiny"), TrainSettings)
-    assert "quantization" not in runs.binding(config.plain(settings))["model"]
+    assert "quantization" not in continuing.binding(config.plain(settings))["model"]
 
 
 # --- the page ---

@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from dcr import adopting
-from dcr.core import machine, runs, storage
+from dcr.core import continuing, machine, runs, storage
 from dcr.core.config import ConfigError, DataError, Stage, UserError
 from dcr.core.runs import Run
 from tests.tiny_run import failing
@@ -34,12 +34,12 @@ def record(count: int, fingerprint: str) -> dict[str, Any]:
 
 
 def claim(run: Run, made_with: dict[str, Any], force: bool) -> None:
-    runs.check_config(run, made_with, force)
+    continuing.check_config(run, made_with, force)
     runs.write_config(run, made_with)
 
 
 def claim_rows(run: Run, record: dict[str, Any], force: bool) -> None:
-    runs.check_rows(run, record, force)
+    continuing.check_rows(run, record, force)
     storage.write_json(run.rows_file, record)
 
 
@@ -48,7 +48,7 @@ def test_a_claim_writes_plain_yaml_that_reads_back(tmp_path: Path) -> None:
     claim(run, CONFIG, force=False)
     assert run.config() == CONFIG == yaml.safe_load(run.config_file.read_text())
     claim(run, CONFIG, force=False)
-    claim(run, CONFIG | dict.fromkeys(runs.FREE_KEYS, "other"), force=False)
+    claim(run, CONFIG | dict.fromkeys(continuing.FREE_KEYS, "other"), force=False)
 
 
 def test_another_configuration_is_refused_with_the_differences(tmp_path: Path) -> None:
@@ -116,16 +116,16 @@ def test_other_rows_are_refused(tmp_path: Path) -> None:
 
 def test_other_base_weights_are_refused(tmp_path: Path) -> None:
     run = Run(tmp_path)
-    runs.claim_base(run, "contrastive", "one", force=False)
+    continuing.claim_base(run, "contrastive", "one", force=False)
     with pytest.raises(ConfigError, match=r"other weights \(contrastive: one -> two\)"):
-        runs.claim_base(run, "contrastive", "two", force=False)
+        continuing.claim_base(run, "contrastive", "two", force=False)
     run.stage("contrastive").mkdir()
-    runs.claim_base(run, "sft", "stage one", force=False)
+    continuing.claim_base(run, "sft", "stage one", force=False)
     assert json.loads(run.base_file.read_text()) == {"contrastive": "one", "sft": "stage one"}
     with pytest.raises(ConfigError, match="sft: stage one -> other"):
-        runs.claim_base(run, "sft", "other", force=False)
+        continuing.claim_base(run, "sft", "other", force=False)
     run.stage("contrastive").rmdir()  # stage one is made anew, and with it what SFT starts from
-    runs.claim_base(run, "contrastive", "one", force=False)
+    continuing.claim_base(run, "contrastive", "one", force=False)
     assert json.loads(run.base_file.read_text()) == {"contrastive": "one"}
 
 

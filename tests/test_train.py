@@ -10,7 +10,7 @@ from tiny_run import Stop, changed, failing, same, settings, stop, weights, writ
 
 from dcr import train, wandb_run
 from dcr.choice import transfer
-from dcr.core import data, models, runs
+from dcr.core import continuing, data, models
 from dcr.core.config import ConfigError, Precision, TrainConfig
 from dcr.core.models import folders
 from dcr.core.runs import Run
@@ -57,11 +57,11 @@ def test_other_rows_in_the_same_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"sft\.warmup: 0\.03 -> 0\.1"):
         train.train(changed(made, "sft.warmup=0.1"), Run(tmp_path / "run"))
     run = Run(tmp_path / "run")
-    before = run.record(), runs.binding(run.config())
+    before = run.record(), continuing.binding(run.config())
     for forced in (replace(made, force=True), changed(made, "sft.warmup=0.1", "force=true")):
         with pytest.raises(ConfigError, match="sft is done there and would not be trained anew"):
             train.train(forced, run)
-    assert (run.record(), runs.binding(run.config())) == before
+    assert (run.record(), continuing.binding(run.config())) == before
 
 
 def test_force_begins_anew_what_is_not_done(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dcr import keywords, results
-from dcr.core import config, generation, runs, storage
+from dcr.core import config, continuing, generation, runs, storage
 from dcr.core.config import Kind, UserError
 from dcr.core.evaluation.subjects import Opening
 from dcr.core.generation import Completion
@@ -347,7 +347,9 @@ def variant(run: RunRecord, evaluation: Evaluation) -> str:
 
 
 def _binding(run: RunRecord) -> dict[str, Any]:
-    return {key: value for key, value in runs.binding(run.config).items() if key not in UNTOLD}
+    return {
+        key: value for key, value in continuing.binding(run.config).items() if key not in UNTOLD
+    }
 
 
 def leaves_of(run: RunRecord, evaluation: Evaluation) -> dict[str, Any]:

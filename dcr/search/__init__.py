@@ -16,7 +16,7 @@ from pathlib import Path
 from dcr import cli, study
 from dcr.choice import origins
 from dcr.choice.origins import SourcePair
-from dcr.core import config, data, runs, storage
+from dcr.core import config, continuing, data, storage
 from dcr.core.config import AUTO_LAYER, ConfigError, TrainConfig, UserError
 from dcr.core.evaluation import sets
 from dcr.core.sources import SOURCES
@@ -26,7 +26,7 @@ NUMBER = r"([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)"
 RANGE = re.compile(rf"{NUMBER}\.\.{NUMBER}(:log)?")
 GRAMMAR = "a space is low..high, low..high:log or a,b,c"
 QUIET = "trainer.progress=false"  # several workers share one terminal
-FIXED = {*runs.FREE_KEYS, "seed"}  # keys that no trial varies
+FIXED = {*continuing.FREE_KEYS, "seed"}  # keys that no trial varies
 HELD_OUT = "contrasts_seemingly_toxic_heldout:contrasts_toxic_heldout"
 
 
@@ -188,7 +188,7 @@ class Search:
         """The study's name, by which the same command finds its own in the journal."""
         spaces = {key: vars(space) for key, space in self.spaces.items()}
         settings, pairs = config.plain(self.settings), list(map(str, self.validation))
-        what = [runs.binding(settings), spaces, self.objectives, self.evaluating]
+        what = [continuing.binding(settings), spaces, self.objectives, self.evaluating]
         files = study.own_files([settings, [sorted(pair.names) for pair in self.validation]])
         return f"search-{storage.fingerprint([what, pairs, *files])}"
 

@@ -18,7 +18,7 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
 
-from dcr.core import extending, models, passes, prompts, runs
+from dcr.core import continuing, extending, models, passes, prompts, runs
 from dcr.core.config import (
     FSDP,
     Adapter,
@@ -162,7 +162,7 @@ def batches_of(
     if job.lease:
         name, commit = Path(policy.name), getattr(policy.model.config, "_commit_hash", None)
         weights = folders.weights_fingerprint(name) if name.is_dir() else f"{policy.name}@{commit}"
-        runs.claim_base(job.run, stage.value, weights, job.settings.force)
+        continuing.claim_base(job.run, stage.value, weights, job.settings.force)
     context = models.facts(job.settings.model).context
     return SafetyData(stage, job.rows, chat, job.settings, context, feed)
 

@@ -1,0 +1,149 @@
+"""Whether a command may go on in a run folder: what decides its weights must be what it was.
+
+That is the configuration, the rows, and the weights that a stage starts from.
+"""
+
+import logging
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+from dcr.core import storage
+from dcr.core.config import STAGES, ConfigError, Language, NLLSource, Quantization
+from dcr.core.runs import RESTORE, Run
+
+log = logging.getLogger(__name__)
+
+# keys that may differ between two commands that continue one run
+FREE_KEYS = ("stage", "plan", "force", "run", "at_most", "trainer", "wandb")
+# prefixes of differences of settings, rows and weights that a finished stage does not depend on
+OF_READOUT = ("sft.readout", "readout")
+OF_LATER = {"contrastive": ("sft.", "sft: ", "safety", *OF_READOUT), "sft": OF_READOUT}
+
+
+def binding(made_with: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a configuration that decides a run's weights, without options that are off."""
+    decisive = {key: value for key, value in made_with.items() if key not in FREE_KEYS}
+    if not decisive.get("own"):  # as in runs from before this key, whose fingerprint stays
+        decisive.pop("own", None)
+    sft = dict(decisive.get("sft") or {})
+    if not (sft.get("readout") or {}).get("steps"):
+        sft.pop("readout", None)
+    decisive["sft"] = sft
+    return decisive | {"model": binding_model(decisive.get("model") or {})}
+
+
+def binding_model(made_with: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a configuration's model that decides its weights."""
+    decisive = {**made_with, "trust_remote_code": False}  # each command sets it for itself
+    # Runs from before these keys lack them: at its default a key is left out, so that such a run
+    # keeps its fingerprint and goes on by the same command.
+    if decisive.get("quantization") in (Quantization.none, Quantization.none.value):
+        del decisive["quantization"]
+    if not decisive.get("template_variables"):
+        decisive.pop("template_variables", None)
+    if decisive.get("close_thoughts") is None:
+        decisive.pop("close_thoughts", None)
+    if decisive.get("language") in (Language.en, Language.en.value):
+        del decisive["language"]
+    return decisive
+
+
+def of_general_pairs(made_with: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of SFT that stage one depends on: of the pairs of its NLL, where it has them."""
+    nll, sft = (made_with.get("dcr") or {}).get("nll") or {}, made_with.get("sft") or {}
+    if nll.get("source") != NLLSource.general.value or not nll.get("weight"):
+        return {}
+    return {f"sft.{key}": sft.get(key) for key in ("max_len", "train_on_prompt")}
+
+
+def check_config(run: Run, made_with: Mapping[str, Any], force: bool) -> bool:
+    """Whether what is not done has to begin anew, as the configuration in the folder is another.
+
+    Raises ConfigError with the differences if the folder belongs to another configuration and
+    `force` is off, or a finished stage depends on them.
+    """
+    if run.config_file.exists():
+        # only the stages' own precision matters, not the key that they take it from
+        before, now = (binding(each) | {"precision": None} for each in (run.config(), made_with))
+        changed, needed = storage.differences(before, now), tuple(of_general_pairs(made_with))
+        return _differs(run, "made with another configuration", changed, force, needed)
+    return False
+
+
+def check_rows(run: Run, record: Mapping[str, Any], force: bool) -> bool:
+    """The same for the lists of rows in `rows.json` (`data.row_record`).
+
+    The lists include every source of a user's own.
+    """
+    if run.rows_file.exists():
+        before, now = _row_lists(run.record()), _row_lists(record)
+        return _differs(run, "made with other rows", storage.differences(before, now), force)
+    return False
+
+
+def _row_lists(record: Mapping[str, Any]) -> dict[str, str]:
+    lists = {
+        name: f"{rows['count']} rows ({rows['fingerprint'][:8]})"
+        for name, rows in record.get("rows", {}).items()
+    }
+    own = record.get("own", {}).items()
+    return lists | {path: f"source sha256 {made['sha256'][:8]}" for path, made in own}
+
+
+def claim_base(run: Run, stage: str, weights: str, force: bool) -> None:
+    """Records the weights that a stage starts from, or checks that they are still the same.
+
+    Raises ConfigError if they changed, as `check_config` does.
+    """
+    known: dict[str, str] = {}
+    if run.base_file.exists():
+        known = storage.read_json(run.base_file, dict[str, str], RESTORE)
+    known = {name: base for name, base in known.items() if name == stage or run.done(name)}
+    now = {**known, stage: weights}
+    changed = storage.differences(known, now) if stage in known else []
+    if _differs(run, "made from other weights", changed, force):
+        begin_anew(run)
+    storage.write_json(run.base_file, now)
+
+
+def _differs(
+    run: Run, how: str, changed: list[str], force: bool, needed: tuple[str, ...] = ()
+) -> bool:
+    """Whether unfinished stages begin anew, as `force` lets them in a folder of other settings.
+
+    Raises ConfigError for such a folder without it.
+
+    A finished stage stays, so `force` does not help if it depends on the change: settings, weights
+    and card would disagree. `needed` are settings of SFT that stage one depends on.
+    """
+    if not changed:
+        return False
+    fault = f"{run.folder} was {how} ({'; '.join(changed[:6])})"
+    done = [stage.value for stage in STAGES if run.done(stage.value)]
+    of_later = OF_LATER.get(done[-1], ()) if done else ()
+    if done and not all(c.startswith(of_later) and not c.startswith(needed) for c in changed):
+        raise ConfigError(
+            f"{fault}; {done[-1]} is done there and would not be trained anew: name another "
+            "folder with run="
+        )
+    if done[-1:] == ["sft"] and not run.checkpoints("readout").exists():
+        return False  # a readout that follows a finished SFT
+    if not force:
+        raise ConfigError(
+            f"{fault}; name another folder with run=, or force=true to begin anew what is not done"
+        )
+    log.warning("%s: what is not done begins anew", fault)
+    return True
+
+
+def begin_anew(run: Run) -> None:
+    """Deletes what stages that are not done have left."""
+    unfinished = [stage.value for stage in STAGES if not run.done(stage.value)]
+    for stage in unfinished:
+        shutil.rmtree(run.checkpoints(stage), ignore_errors=True)
+        shutil.rmtree(run.tracked(stage), ignore_errors=True)
+    if "sft" in unfinished:
+        shutil.rmtree(run.snapshots, ignore_errors=True)
+    if len(unfinished) == len(STAGES):
+        run.layer_file.unlink(missing_ok=True)
