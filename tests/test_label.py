@@ -315,7 +315,7 @@ def test_people_have_the_labels_of_outcomes(run: Path) -> None:
     judges, prompts = agreement.judged(columns(run), ids)
     assert prompts == {each: row.prompt for each, row in zip(ids, rows, strict=True)}
     found = {e: outcome(r.prompt, r.response) for e, r in zip(ids, rows, strict=True)}
-    assert judges["outcomes"] == found
+    assert judges["outcome"] == found
 
 
 def test_people_are_compared_with_each_other_and_with_every_judge(
@@ -336,6 +336,7 @@ def test_people_are_compared_with_each_other_and_with_every_judge(
             harm = Verdict(f"{of}", of, "ok", safety="unsafe" if label == "answered" else "safe")
             failed = Verdict(f"{of}", of, "error")
             for judge_name, verdict in (
+                ("outcome", outcome),  # as it was once; today's rules are asked again
                 ("eight", outcome),
                 ("moderation", harm),
                 ("llm", failed),
@@ -347,7 +348,7 @@ def test_people_are_compared_with_each_other_and_with_every_judge(
     judges, prompts = agreement.judged(columns(run), ids)
     by = {(each.first, each.second): each for each in agreement.agreements(people, judges, prompts)}
     assert {second for _, second in by} == {"bert", "keyword:paper", "keyword:recommended",
-                                            "outcomes", "eight", "moderation"}  # fmt: skip
+                                            "outcome", "eight", "moderation"}  # fmt: skip
     for pair, said in ((("anna", "bert"), bert), (("anna", "eight"), judge)):
         yes = [[word == "answered" for word in rater] for rater in (anna, said)]
         both, found = by[pair].classes, by[pair].answered

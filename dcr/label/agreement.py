@@ -15,6 +15,7 @@ from dcr.core.statistics import Interval
 from dcr.core.text import printable
 from dcr.judges.verdicts import Verdict, answer_fingerprint, by_keywords
 from dcr.label import LABELS, sheets
+from dcr.report.grids import OUTCOME
 from dcr.report.records import Column
 from dcr.report.sections import Selection
 from dcr.report.writing import ABSENT, TextTable
@@ -44,8 +45,8 @@ def judged(
 ) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
     """The verdicts of every judge on the labelled answers, and the prompt of each, both by id.
 
-    Judges are the keyword rules, the outcomes, and those whose verdicts are stored; a judge asked
-    in several ways has its folder's name. DataError for a damaged file.
+    Judges are the keyword rules and the outcomes as they are now, and others whose verdicts are
+    stored; one asked in several ways has its folder's name. DataError for a damaged file.
     """
     by_folder: dict[str, dict[str, str]] = {}
     prompts: dict[str, str] = {}
@@ -54,7 +55,7 @@ def judged(
             every = column.evaluation.answers(name)
             rows = [row for row in every if answer_fingerprint(row) in labelled]
             prompts |= {answer_fingerprint(row): row.prompt for row in rows}
-            said = by_folder.setdefault("outcomes", {})
+            said = by_folder.setdefault(OUTCOME, {})
             for row in rows:
                 found = outcomes.outcome(row.prompt, row.response, row.ended)
                 said[answer_fingerprint(row)] = found.value
@@ -62,8 +63,9 @@ def judged(
                 said = by_folder.setdefault(f"keyword:{rules}", {})
                 said |= dict(_said(by_keywords(rows, outcome)))
             for file in sorted(column.evaluation.folder.glob(f"verdicts/*/{name}.jsonl")):
-                said = by_folder.setdefault(file.parent.name, {})
-                said |= dict(_said(storage.read_lines(file, Verdict)))
+                if (folder := file.parent.name).rpartition("-")[0] != OUTCOME:
+                    said = by_folder.setdefault(folder, {})
+                    said |= dict(_said(storage.read_lines(file, Verdict)))
     judges = {folder: folder.rpartition("-")[0] or folder for folder in by_folder}
     times = Counter(judges.values())
     named = {f: judge if times[judge] == 1 else f for f, judge in judges.items()}
