@@ -402,19 +402,23 @@ def model_card(run: Run, stage: str, made_with: Mapping[str, Any], weights: Weig
 
 
 def _attacked(measured: "pd.DataFrame") -> list[dict[str, str]]:
-    """A line for each attack: its words, and by kind the share wanted of so many answers."""
+    """A line for each attack of each evaluation: its words, and by kind the share that is wanted.
+
+    Two evaluations in other settings may ask the same prompts, so that they are never added up.
+    """
     from dcr import inference
 
     rows = _under_attack(measured)
-    lines: dict[str, dict[str, str]] = {}
+    lines: dict[tuple[str, str], dict[str, str]] = {}
     for kind, wanted in (("toxic", "refused"), ("seemingly_toxic", "answered")):
         named = rows["quantity"].str.endswith(f"/{wanted}") & (rows["judge"] == "outcome")
         of_kind = rows.loc[named & (rows["kind"] == kind)]
-        for quantity, of in of_kind.groupby("quantity", sort=False):
+        for (file, quantity), of in of_kind.groupby(["file", "quantity"], sort=False):
             found = inference.wilson(int(of["count"].sum()), int(of["n"].sum()))
             share = f"{found.estimate:.0%} ({found.low:.0%} to {found.high:.0%})"
             attack = robustness.words(str(quantity).split("/")[1])
-            line = lines.setdefault(attack, {"attack": attack} | dict.fromkeys(CARD, "–"))
+            empty = {"attack": attack} | dict.fromkeys(CARD, "–")
+            line = lines.setdefault((file, attack), empty)
             line |= {wanted: share, kind: str(int(of["n"].sum()))}
     return [*lines.values()]
 

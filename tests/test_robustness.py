@@ -18,7 +18,9 @@ from dcr.core.prompts import ChatFormat
 from dcr.core.sources import Example
 from dcr.export import _attacked
 from dcr.extensions import EvalSettings
-from dcr.report import building
+from dcr.report import building, figures
+from dcr.report.records import read_run
+from dcr.report.sections import Selection
 from dcr.robustness import TuningConfig, attacked, tuning
 from tests.shapes import greedy, next_logits
 from tests.tiny_run import failing
@@ -236,6 +238,28 @@ def test_page_and_card_pool_the_sets_of_a_kind(tmp_path: Path) -> None:
     shares |= {"answered": "75% (53% to 89%)", "seemingly_toxic": "20"}
     assert none == shares | {"attack": "no attack"}
     assert prefill == shares | {"attack": "behind an opening of 6 to 10 tokens"}
+    storage.write_json(tmp_path / "run/eval/base-2/metrics.json", metrics)
+    assert _attacked(results.load(tmp_path / "run")) == [none, prefill] * 2, "never added up"
+
+
+def test_bars_and_marks_under_attack_are_those_of_their_run(tmp_path: Path) -> None:
+    of = {"kind": "toxic", "n": 4, "refused": 0, "outcomes": {"refused": 1, "answered": 3}}
+    ranking = {"toxic": 4, "seemingly_toxic": 4, "auroc": [0.7, 0.5, 0.8]}
+    attacks = {"none": {"sets": {"xstest_safe": of}, "ranking": ranking}}
+    for seed in ("0", "1"):
+        about = {"weights": "sft", "method": "dcr", "seed": seed, "robustness": attacks}
+        run = tmp_path / seed
+        storage.write_json(run / "eval/sft-1/metrics.json", {"version": 2, **about})
+        known = {"rows": {}, "in_distribution": ["xstest_safe"] if seed == "1" else []}
+        storage.write_json(run / "rows.json", known)
+    runs = [tmp_path / "0", tmp_path / "1"]
+    chosen = Selection.of([read_run(run) for run in runs])
+    (drawing,) = chosen.section("robustness_bars").drawings
+    assert list(drawing.blocks) == ["DCR seed 0", "DCR seed 1"]
+    assert "DCR seed 1" in figures.inline(drawing)
+    refused, auroc = (block.rows[0] for block in chosen.section("robustness").blocks)
+    assert [cell.marks for row in (refused, auroc) for cell in row.values] == ["", "†"] * 2
+    assert "† in-distribution" in building.build(runs, tmp_path / "page.html")
 
 
 @pytest.mark.parametrize(

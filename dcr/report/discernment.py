@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from dcr.core.config import Kind
 from dcr.core.evaluation import scoring
-from dcr.core.evaluation.sets import pairs_of
 from dcr.core.results import Discernment, RankedSet, Ranking, SetCounts
 from dcr.report import paper
 from dcr.report.grids import (
@@ -19,6 +19,7 @@ from dcr.report.grids import (
     any_marked,
     in_words,
     marked_sets,
+    of_row,
     together,
 )
 from dcr.report.paper import PaperRow
@@ -26,8 +27,7 @@ from dcr.report.records import Column, Completions
 from dcr.report.sections import Selection
 from dcr.report.tables import keyword_blocks
 from dcr.report.writing import TextTable
-from dcr.results.frame import contaminated
-from dcr.results.schema import interval
+from dcr.results.frame import contaminated, of_ranking
 
 POOLED, UNMARKED = "pooled", f"pooled without {IN_DISTRIBUTION}"
 EQUAL = "answered at equal safety, %"
@@ -47,7 +47,14 @@ NOTES = (
     "95% bootstrap intervals over prompts; means over seeds with their standard deviation.",
 )
 
+AUROC = "discernment"  # as results call it
+QUANTITIES = {  # of results, by HEADS
+    "auroc": AUROC,
+    **{f"answered/{share}": f"answered_at_safety/{share}" for share in scoring.SAFETY},
+    **{f"refused/{share}": f"refused_at_over_refusal/{share}" for share in scoring.OVER_REFUSAL},
+}
 Cells = dict[str, Cell]  # by HEADS
+Rows = Mapping[str, Mapping[str, Any]]  # of results, by quantity
 
 
 def rankings(columns: Sequence[Column], completions: Completions) -> dict[str, tuple[Cells, ...]]:
@@ -56,23 +63,20 @@ def rankings(columns: Sequence[Column], completions: Completions) -> dict[str, t
     The second is computed from the masses of single prompts, since every column must leave out the
     same sets; it is absent if no column was trained on a set. A row that nobody ranked is absent.
     """
-    pools = [together(_sets(column)) for column in columns]
-    pooled = zip(columns, pools, strict=True)
-    rows = {POOLED: tuple(_cells(c, _of(c).pooled, names) for c, names in pooled)}
+    pools = [together(ranked_sets(column)) for column in columns]
+    rows = {POOLED: tuple(_cells(_rows(c, POOLED)) for c in columns)}
     marked = {
         name
         for column, names in zip(columns, pools, strict=True)
         for name in names
-        if _sets(column)[name].in_distribution
+        if ranked_sets(column)[name].in_distribution
     }
     if marked:
         pools = [[name for name in names if name not in marked] for names in pools]
         pooled = zip(columns, pools, strict=True)
-        rows[UNMARKED] = tuple(_cells(c, _ranked(c, of, completions), of) for c, of in pooled)
-    known = pairs_of(name for column in columns for name in _sets(column))
+        rows[UNMARKED] = tuple(_cells(_ranked(c, of, completions)) for c, of in pooled)
     for label in dict.fromkeys(name for column in columns for name in _of(column).pairs):
-        names = [name for side in known.get(label, (label.split(" / "),)) for name in side]
-        rows[label] = tuple(_cells(c, _of(c).pairs.get(label), names) for c in columns)
+        rows[label] = tuple(_cells(_rows(c, label)) for c in columns)
     return {label: cells for label, cells in rows.items() if any(cells)}
 
 
@@ -80,46 +84,45 @@ def _of(column: Column) -> Discernment:
     return column.evaluation.discernment or Discernment()
 
 
-def _sets(column: Column) -> Mapping[str, SetCounts | RankedSet]:
+def ranked_sets(column: Column) -> Mapping[str, SetCounts | RankedSet]:
     """The sets that were ranked, with what is known of them where they were answered as well."""
     answered = column.evaluation.sets
     ranked = _of(column).sets
     return {name: answered.get(name, of) for name, of in ranked.items()} if ranked else answered
 
 
-def _cells(column: Column, ranking: Ranking | None, names: Sequence[str]) -> Cells:
-    """The numbers of a ranking over some sets with their marks; {} without one."""
-    if ranking is None or ranking.auroc[0] is None or not math.isfinite(ranking.auroc[0]):
-        return {}
-    known = any(of.in_distribution for name, of in _sets(column).items() if name in names)
-    seen = any(contaminated(column.evaluation, name) for name in names)
-    marks = IN_DISTRIBUTION * known + CONTAMINATED * seen
-    estimates = {
-        "auroc": ranking.auroc,
-        **{f"answered/{share}": of for share, of in ranking.answered.items()},
-        **{f"refused/{share}": of for share, of in ranking.refused.items()},
-    }
+def _rows(column: Column, label: str) -> Rows:
+    """A ranking's rows of results by quantity."""
+    pivot = column.evaluation.pivot
     return {
-        key: Cell(*vars(interval(of)).values(), marks=marks, percent=key != "auroc")
-        for key, of in estimates.items()
-        if key in HEADS
+        of: row for of in QUANTITIES.values() if (row := pivot.get((of, "", ""), {}).get(label))
     }
 
 
-def _ranked(column: Column, names: Sequence[str], completions: Completions) -> Ranking | None:
-    """The ranking over some sets, as the evaluation computes it over all; None where one lacks."""
+def _cells(rows: Rows) -> Cells:
+    """The numbers of a ranking with their marks; {} without one."""
+    if not math.isfinite(rows.get(AUROC, {}).get("value", math.nan)):
+        return {}
+    return {key: of_row(rows[of], key != "auroc") for key, of in QUANTITIES.items() if of in rows}
+
+
+def _ranked(column: Column, names: Sequence[str], completions: Completions) -> Rows:
+    """The ranking over some sets, as the evaluation computes it over all; {} where one lacks."""
     masses: dict[Kind, list[float]] = {Kind.toxic: [], Kind.seemingly_toxic: []}
     for name in names:
-        of = _sets(column)[name]
+        of = ranked_sets(column)[name]
         own = completions.masses(column, name, of.ids)
         if own is None or len(own) < of.n:
-            return None
+            return {}
         masses[of.kind] += own
     seed = column.evaluation.settings.get("seed")
     ranked = scoring.ranking(
         masses[Kind.toxic], masses[Kind.seemingly_toxic], seed if isinstance(seed, int) else 0
     )
-    return Ranking.model_validate(ranked) if ranked else None
+    rows = of_ranking(UNMARKED, Ranking.model_validate(ranked)) if ranked else ()
+    seen = any(contaminated(column.evaluation, name) for name in names)
+    marks = {"in_distribution": False, "contaminated": seen}
+    return {row["quantity"]: row | marks for row in rows}
 
 
 def ranked_blocks(columns: Sequence[Column], completions: Completions) -> list[Block]:

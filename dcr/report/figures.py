@@ -172,7 +172,8 @@ def draw(drawing: Drawing) -> Figure:
         parts = figure.subfigures(len(rows), 1, height_ratios=[down + 0.25 for down in rows])
     for part, down, (title, panels) in zip(parts, rows, drawing.blocks.items(), strict=True):
         if title:
-            part.suptitle(title, x=0.01, ha="left", fontsize=8.5)
+            size = matplotlib.rcParams["axes.titlesize"]
+            part.suptitle(title, x=0.01, ha="left", fontsize=size)
         grid = part.subplots(down, across, squeeze=False)
         panels = [*panels, *[None] * (grid.size - len(panels))]
         for axes, panel in zip(grid.ravel(), panels, strict=True):
@@ -303,9 +304,9 @@ def parts(values: pd.DataFrame, *columns: str) -> list[tuple[Any, pd.DataFrame]]
     return list(values.groupby(by, sort=False))
 
 
-def folded(text: str, width: int = 34) -> str:
-    """A panel's title, on as many lines as fit above it."""
-    return "\n".join(textwrap.wrap(" ".join(text.split()), width)[:3])
+def folded(text: str, width: int = 34, lines: int = 3) -> str:
+    """A name on as many lines as fit, with a mark where it goes on."""
+    return textwrap.fill(" ".join(text.split()), width, max_lines=lines, placeholder=" …")
 
 
 def kind_name(kind: str) -> str:

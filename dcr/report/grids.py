@@ -254,6 +254,17 @@ def accuracy(evaluation: Evaluation, task: str, metric: str) -> Cell | None:
     return Cell(row["value"], low, high, n=row["n"], marks=marks_of([row]), aside=touched)
 
 
+def ranked(evaluation: Evaluation, quantity: str, percent: bool = False) -> Cell | None:
+    """A number of the ranking of all sets pooled with its interval and marks."""
+    row = evaluation.pivot.get((quantity, "", ""), {}).get("pooled")
+    return of_row(row, percent) if row and math.isfinite(row["value"]) else None
+
+
+def of_row(row: Mapping[str, Any], percent: bool) -> Cell:
+    """The cell of a row of results with an interval."""
+    return Cell(row["value"], row["low"], row["high"], marks=marks_of([row]), percent=percent)
+
+
 def set_names(columns: Sequence[Column], kind: Kind) -> list[str]:
     """Every set of a kind that any column was evaluated on, in order of appearance."""
     sets = [item for column in columns for item in column.evaluation.sets.items()]

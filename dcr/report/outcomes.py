@@ -31,6 +31,8 @@ COLOURS = {  # from what is answered over what refuses to what is neither
     Outcome.other_language: "#b0b0b0",
     Outcome.empty: "#dedede",
 }
+NAME_WIDTH = 26  # characters of a line beside the bars
+Shares = tuple[str, Mapping[Outcome, Cell]]  # of one bar, with its name
 
 
 def table(chosen: Selection) -> Grid:
@@ -67,39 +69,47 @@ def bars(chosen: Selection) -> Drawings:
 
     All sets of a kind together; a bar is 100% of the answers.
     """
-    panels, height, named = [], 0.0, list[str]()
-    for kind in COUNTED:
-        found = _shares(chosen, kind)
-        drawn = [
+    found = {
+        kind: [
             (column.name, cells)
-            for column, cells in zip(chosen.columns, found, strict=True)
+            for column, cells in zip(chosen.columns, _shares(chosen, kind), strict=True)
             if cells
         ]
-        height = max(height, 0.9 + 0.4 * len(drawn))
-        if drawn:
-            axes = {"xlim": (0, 1), "xlabel": "share of answers"}
-            # once for both, unless a column has answers to one kind alone
-            before, named = named, [name for name, _ in drawn]
-            stacked = partial(paint, drawn, named != before)
-            panels.append(Panel(title=kind.value.replace("_", " "), axes=axes, paint=stacked))
-    title, size = "Outcomes by kind of prompt", (4.4, height)
-    drawing = Drawing("outcomes", title, {"": panels}, legend=legend(), size=size)
-    return Drawings([drawing] if panels else [])
+        for kind in COUNTED
+    }
+    return drawings("outcomes", "Outcomes by kind of prompt", {"": found})
 
 
-def legend() -> list[tuple[str, figures.Look]]:
-    return [(_words(k), {"color": c, "marker": "s", "ls": ""}) for k, c in COLOURS.items()]
+def drawings(
+    name: str, title: str, blocks: Mapping[str, Mapping[Kind, Sequence[Shares]]]
+) -> Drawings:
+    """One drawing of blocks under their titles: a panel a kind, with a bar for each named share."""
+    drawn, height = dict[str, list[Panel]](), 0.0
+    for block, found in blocks.items():
+        named = list[str]()
+        for kind, shares in found.items():
+            # once for both, unless a bar has answers to one kind alone
+            before, named = named, [figures.folded(of, NAME_WIDTH, lines=4) for of, _ in shares]
+            lines = max((of.count("\n") + 1 for of in named), default=1)
+            height = max(height, 0.9 + max(0.4, 0.17 * lines) * len(shares))
+            if shares:
+                axes = {"xlim": (0, 1), "xlabel": "share of answers"}
+                shown = named if named != before else [""] * len(named)
+                stacked = partial(_paint, [cells for _, cells in shares], shown)
+                panel = Panel(title=kind.value.replace("_", " "), axes=axes, paint=stacked)
+                drawn.setdefault(block, []).append(panel)
+    legend = [(_words(k), {"color": c, "marker": "s", "ls": ""}) for k, c in COLOURS.items()]
+    drawing = Drawing(name, title, drawn, legend=legend, size=(4.4, height))
+    return Drawings([drawing] if drawn else [])
 
 
-def paint(drawn: Sequence[tuple[str, Mapping[Outcome, Cell]]], named: bool, axes: "Axes") -> None:
-    """Draws a stacked bar of outcomes for each name."""
-    for place, (_, cells) in enumerate(drawn):
+def _paint(shares: Sequence[Mapping[Outcome, Cell]], named: Sequence[str], axes: "Axes") -> None:
+    for place, cells in enumerate(shares):
         left = 0.0
         for kind, colour in COLOURS.items():
             axes.barh(place, cells[kind].estimate, left=left, color=colour, height=0.7)
             left += cells[kind].estimate
-    names = [figures.folded(name, 18) if named else "" for name, _ in drawn]
-    axes.set_yticks(range(len(drawn)), names)
+    axes.set_yticks(range(len(named)), named)
     axes.invert_yaxis()
     axes.grid(False)
 

@@ -24,6 +24,7 @@ from dcr.report.grids import (
     accuracy,
     judges_of,
     of_group,
+    ranked,
     rate,
     set_names,
     together,
@@ -40,7 +41,7 @@ from dcr.report.records import (
 from dcr.report.sections import Selection
 from dcr.report.writing import ABSENT, TextTable
 from dcr.results.frame import NORMAL
-from dcr.results.schema import Quality, interval
+from dcr.results.schema import Quality
 
 SETS = {  # the first evaluated one of several sets counts
     "XS": ("xstest_safe",),
@@ -61,6 +62,7 @@ COLUMNS = (*SETS, *SAFETY, *ABILITY, "AlpacaEval")
 # judges of safety, the best first; the paper's main table is by Llama Guard
 GUARDS = ("llama_guard", "wildguard", "moderation")
 SAFETY_SHARE = 0.8  # of toxic prompts refused, at which answered seemingly toxic ones are counted
+RANKED = {"auroc": "discernment", "answered": f"answered_at_safety/{SAFETY_SHARE}"}
 HEADS = {
     "complied": "compliance, all sets",
     "refused": "keyword refusal, all sets",
@@ -198,7 +200,8 @@ def table5(chosen: Selection) -> TextTable:
         for judge, model in judges_of([column.evaluation]):
             name = NAMES.get(judge, judge)
             cells = _judged(column, (judge, model))
-            rows.append(our_row(column, cells, f"{name}: {model}" if model else name))
+            if cells or judge in NAMES:  # outcomes and labels of one's own are other quantities
+                rows.append(our_row(column, cells, f"{name}: {model}" if model else name))
     for method, by_column in facts()["table5_judges"]["rows"].items():
         for judge in dict.fromkeys(judge for column in by_column.values() for judge in column):
             values = {key: of[judge] for key, of in by_column.items() if judge in of}
@@ -335,12 +338,9 @@ def _over_all_sets(column: Column) -> Cells:
         names = together(set_names([column], kind))
         if cell := rate(column.evaluation, names, quantity):
             cells[quantity] = cell
-    ranked = column.evaluation.discernment
-    if ranked and ranked.pooled:
-        answered = ranked.pooled.answered.get(str(SAFETY_SHARE))
-        for head, estimate in (("auroc", ranked.pooled.auroc), ("answered", answered)):
-            if estimate:
-                cells[head] = Cell(*vars(interval(estimate)).values(), percent=False)
+    for head, quantity in RANKED.items():
+        if cell := ranked(column.evaluation, quantity):
+            cells[head] = cell
     return cells
 
 

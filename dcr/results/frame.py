@@ -10,7 +10,8 @@ import pandas as pd
 from dcr import inference
 from dcr.core import storage
 from dcr.core.config import Kind, UserError
-from dcr.core.results import Estimate, Ranking
+from dcr.core.evaluation.sets import APART, pairs_of
+from dcr.core.results import Estimate, RankedSet, Ranking
 from dcr.core.runs import Run, stages
 from dcr.core.text import encodable
 from dcr.results.schema import Ability, Metrics, Quality, SetCounts, read
@@ -44,8 +45,8 @@ def load(folders: Iterable[str | Path] | str | Path) -> pd.DataFrame:
     answers under attack under `robustness/<attack>/…`, a user's own task under `<Class>/…`.
     `stages` tells what trained the weights (`contrastive + sft + readout`), "" where nothing did or
     the run's configuration is gone, `edit` steering and decoding, "" for none. `in_distribution`
-    marks sets that the run was trained on, `contaminated` others of which training or steering saw
-    some prompts.
+    marks numbers of sets that the run was trained on, `contaminated` those of others of which
+    training or steering saw some prompts.
 
     Raises DataError for a damaged file, UserError for a folder without an evaluation.
     """
@@ -134,8 +135,9 @@ def steering(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _all(metrics: Metrics) -> Iterator[TidyRow]:
     for name, counts in metrics.sets.items():
         for row in _set(counts):
-            known = counts.in_distribution and not row["quantity"].endswith("/unseen")
-            marks = {"in_distribution": known, "contaminated": contaminated(metrics, name)}
+            marks = _marks(metrics, [name])
+            if row["quantity"].endswith("/unseen"):
+                marks["in_distribution"] = False
             yield {"set": name, "kind": counts.kind.value} | marks | row
     if calibration := metrics.calibration:
         chosen = "bias" if calibration.threshold is None else "threshold"
@@ -145,10 +147,17 @@ def _all(metrics: Metrics) -> Iterator[TidyRow]:
             yield _rate("calibration/refused", of.refused, of.n, **about)
             yield _rate("calibration/refused_plain", of.plain, of.n, **about)
     if ranked := metrics.discernment:
+        asked = _asked(metrics)
+        pool = [name for name in ranked.sets or asked if name not in APART]
+        known = {of: (of.split(" / "),) for of in ranked.pairs} | pairs_of(asked)
+        pairs = {of: [name for side in known[of] for name in side] for of in ranked.pairs}
+        over = {"pooled": pool, **pairs}
+        over["untrained"] = [name for name in pool if not asked[name].in_distribution]
         named = {"pooled": ranked.pooled, "untrained": ranked.untrained, **ranked.pairs}
         for name, ranking in named.items():
             if ranking is not None:
-                yield from _ranking(name, ranking)
+                for row in of_ranking(name, ranking):
+                    yield row | _marks(metrics, over[name])
     for name, overlap in metrics.contamination.items():
         for way in ("exact", "near", "ngram"):
             yield _rate(f"contamination/{way}", getattr(overlap, way), overlap.n, set=name)
@@ -176,10 +185,24 @@ def _all(metrics: Metrics) -> Iterator[TidyRow]:
             yield {"quantity": key, "value": value}
 
 
+def _asked(metrics: Metrics) -> dict[str, SetCounts | RankedSet]:
+    """The sets that were answered or ranked, with what is known of them."""
+    return {**(metrics.discernment.sets if metrics.discernment else {}), **metrics.sets}
+
+
+def _marks(metrics: Metrics, names: Iterable[str]) -> dict[str, bool]:
+    """Whether a number over some sets is of any trained on, and of any seen in part."""
+    asked, names = _asked(metrics), list(names)
+    return {
+        "in_distribution": any(name in asked and asked[name].in_distribution for name in names),
+        "contaminated": any(contaminated(metrics, name) for name in names),
+    }
+
+
 def contaminated(metrics: Metrics, name: str) -> bool:
     """Whether training or steering saw prompts of a set or task that the run was not trained on."""
     counts, overlap = metrics.sets.get(name), metrics.contamination.get(name)
-    if counts and counts.in_distribution:
+    if (asked := _asked(metrics).get(name)) and asked.in_distribution:
         return False
     return bool((overlap and overlap.any) or (counts and counts.seen_by_steering))
 
@@ -217,7 +240,8 @@ def _set(counts: SetCounts) -> Iterator[TidyRow]:
             yield _rate(label, getattr(judged, label), asked, **by)
 
 
-def _ranking(name: str, ranking: Ranking) -> Iterator[TidyRow]:
+def of_ranking(name: str, ranking: Ranking) -> Iterator[TidyRow]:
+    """The rows of a ranking over some sets, without their marks."""
     counts = ranking.toxic, ranking.seemingly_toxic
     about = {"set": name, "n": None if None in counts else sum(filter(None, counts))}
     yield _estimate("discernment", ranking.auroc, **about)
@@ -256,14 +280,15 @@ def _attacked(metrics: Metrics) -> Iterator[TidyRow]:
     for attack, of in metrics.robustness.items():
         begin = f"robustness/{attack}"
         for name, counts in of.sets.items():
-            about = {"set": name, "kind": counts.kind.value}
+            about = {"set": name, "kind": counts.kind.value} | _marks(metrics, [name])
             yield _rate(
                 f"{begin}/refused", counts.refused, counts.n, judge="keyword:paper", **about
             )
             for outcome, count in counts.outcomes.items():
                 yield _rate(f"{begin}/{outcome}", count, counts.n, judge="outcome", **about)
-        for row in _ranking("pooled", of.ranking) if of.ranking else ():
-            yield row | {"quantity": f"{begin}/{row['quantity']}"}
+        marks = _marks(metrics, (name for name in of.sets if name not in APART))
+        for row in of_ranking("pooled", of.ranking) if of.ranking else ():
+            yield row | marks | {"quantity": f"{begin}/{row['quantity']}"}
         if of.bias is not None:
             yield {"quantity": f"{begin}/bias", "value": of.bias}
 

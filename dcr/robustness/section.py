@@ -1,17 +1,28 @@
 """Answers under attack, as tasks=[robustness] measures them: a table by attack, and bars."""
 
-from functools import partial
+from collections.abc import Iterable
+from dataclasses import replace
 
 from dcr import inference
 from dcr.core.config import Kind
-from dcr.core.evaluation.sets import APART
+from dcr.core.evaluation.sets import APART, set_name
 from dcr.outcomes import Outcome
 from dcr.report import outcomes
-from dcr.report.figures import Drawing, Drawings, Panel
-from dcr.report.grids import Block, Cell, Grid, Row
-from dcr.report.records import Evaluation
+from dcr.report.figures import Drawings
+from dcr.report.grids import (
+    CONTAMINATED,
+    FOOTNOTES,
+    IN_DISTRIBUTION,
+    Block,
+    Cell,
+    Grid,
+    Row,
+    any_marked,
+    ranked,
+)
+from dcr.report.records import Column
 from dcr.report.sections import Selection
-from dcr.results.schema import interval
+from dcr.results.frame import contaminated
 from dcr.robustness import words
 
 TITLES = {
@@ -32,15 +43,15 @@ def table(chosen: Selection) -> Grid:
     for kind, (title, short) in TITLES.items():
         wanted = outcomes.COUNTED[kind][0]
         rows = [
-            Row(words(a), tuple(_shares(c.evaluation, a, kind).get(wanted) for c in columns))
-            for a in attacks
+            Row(words(a), tuple(_shares(c, a, kind).get(wanted) for c in columns)) for a in attacks
         ]
         if any(any(row.values) for row in rows):
             blocks.append(Block(title, f"under attack: {short}", rows))
-    ranked = [Row(words(a), tuple(_auroc(c.evaluation, a) for c in columns)) for a in attacks]
-    if rows := [row for row in ranked if any(row.values)]:
+    ordered = [Row(words(a), tuple(_auroc(c, a) for c in columns)) for a in attacks]
+    if rows := [row for row in ordered if any(row.values)]:
         blocks.append(Block("Discernment AUROC under attack", "under attack: AUROC", rows))
-    return Grid(columns, blocks)
+    notes = [f"{mark} {told}" for mark, told in FOOTNOTES.items() if any_marked(blocks, mark)]
+    return Grid(columns, blocks, notes)
 
 
 def bars(chosen: Selection) -> Drawings:
@@ -48,46 +59,44 @@ def bars(chosen: Selection) -> Drawings:
 
     All sets of a kind together; a bar is 100% of the answers.
     """
-    drawings = []
-    for column in chosen.columns:
-        panels, height = [], 0.0
-        for kind in TITLES:
-            found = [(words(a), _shares(column.evaluation, a, kind)) for a in _attacks(chosen)]
-            drawn = [(name, shares) for name, shares in found if shares]
-            if drawn:
-                axes = {"xlim": (0, 1), "xlabel": "share of answers"}
-                paint = partial(outcomes.paint, drawn, not panels)
-                panels.append(Panel(title=kind.value.replace("_", " "), axes=axes, paint=paint))
-                height = max(height, 0.9 + 0.4 * len(drawn))
-        if panels:
-            name = f"robustness{len(drawings) + 1}"
-            title, legend = f"Outcomes under attack: {column.name}", outcomes.legend()
-            size = (4.4, height)
-            drawings.append(Drawing(name, title, {"": panels}, legend=legend, size=size))
-    return Drawings(drawings)
+    blocks = {
+        column.name: {
+            kind: [(words(a), of) for a in _attacks(chosen) if (of := _shares(column, a, kind))]
+            for kind in TITLES
+        }
+        for column in chosen.columns
+    }
+    return outcomes.drawings("robustness", "Outcomes under attack", blocks)
 
 
 def _attacks(chosen: Selection) -> list[str]:
     return [*dict.fromkeys(a for c in chosen.columns for a in c.evaluation.robustness)]
 
 
-def _shares(evaluation: Evaluation, attack: str, kind: Kind) -> dict[Outcome, Cell]:
+def _shares(column: Column, attack: str, kind: Kind) -> dict[Outcome, Cell]:
     """The share of each outcome over the sets of a kind but those apart; empty without answers."""
-    of = evaluation.robustness.get(attack)
+    of = column.evaluation.robustness.get(attack)
     sets = of.sets.items() if of else ()
-    asked = [counts for name, counts in sets if counts.kind is kind and name not in APART]
-    total = sum(counts.n for counts in asked)
-    if not total:
-        return {}
-    cells = {}
-    for each in Outcome:
-        count = sum(counts.outcomes.get(each.value, 0) for counts in asked)
-        cells[each] = Cell(*vars(inference.wilson(count, total)).values(), n=total)
+    asked = {name: c for name, c in sets if c.kind is kind and name not in APART}
+    total, cells = sum(counts.n for counts in asked.values()), {}
+    for each in Outcome if total else ():
+        count = sum(counts.outcomes.get(each.value, 0) for counts in asked.values())
+        share, marks = inference.wilson(count, total), _marks(column, asked)
+        cells[each] = Cell(*vars(share).values(), n=total, marks=marks)
     return cells
 
 
-def _auroc(evaluation: Evaluation, attack: str) -> Cell | None:
-    of = evaluation.robustness.get(attack)
-    if of is None or of.ranking is None:
-        return None
-    return Cell(*vars(interval(of.ranking.auroc)).values(), percent=False)
+def _auroc(column: Column, attack: str) -> Cell | None:
+    cell = ranked(column.evaluation, f"robustness/{attack}/discernment")
+    sets = column.evaluation.robustness[attack].sets if cell else ()
+    return cell and replace(
+        cell, marks=_marks(column, [name for name in sets if name not in APART])
+    )
+
+
+def _marks(column: Column, names: Iterable[str]) -> str:
+    """The marks of a number over some sets, which may have been attacked alone."""
+    evaluation, trained_on = column.evaluation, column.run.rows.get("in_distribution") or ()
+    known = {set_name(source) for source in trained_on if evaluation.weights != "base"}
+    seen = any(contaminated(evaluation, name) for name in {*names} - known)
+    return IN_DISTRIBUTION * bool(known & {*names}) + CONTAMINATED * seen
