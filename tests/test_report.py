@@ -259,8 +259,55 @@ def test_columns_are_told_apart_by_the_swept_key_or_else_by_their_folders(tmp_pa
     make_eval(again, {"safe": "cr"})
     alike = [column.name for column in columns(folders[0], again)]
     assert alike == ["DCR seed 0 again/main", "DCR seed 0 dcr.epochs=1/main"]
+    twin = make_run(tmp_path / "there" / "again", dcr={"epochs": 1, "margin": 0.25})
+    make_eval(twin, {"safe": "cr"})
+    names = [column.name for column in columns(again, twin)]
+    assert len(set(names)) == 2, names
+    assert str(twin) in build(tmp_path, again, twin)[1]
     # such folder names are no settings
     assert main([*map(str, folders), f"out={tmp_path / 'r.html'}"]) == 0
+
+
+def test_a_column_says_how_its_answers_were_made(tmp_path: Path) -> None:
+    sets, scans = {"safe": "cr", "unsafe": "rr"}, {"method": "scans", "strength": 1.0}
+    stl, base = make_run(tmp_path / "a", "stl"), make_run(tmp_path / "b", "base")
+    make_eval(stl, sets, settings=SETTINGS | {"adacd": 4.5, "plan": "looks.yaml@1"})
+    assert [column.name for column in columns(stl)] == ["STL AdaCD 4.5 seed 0"]
+    make_eval(base, sets, weights="base", settings=SETTINGS | {"steering": scans})
+    assert [column.name for column in columns(base)] == ["base model + scans"]
+    make_eval(stl, sets, name="plain")
+    make_eval(stl, sets, name="more", settings=SETTINGS | {"limit": None, "plan": "looks.yaml@1"})
+    make_eval(stl, sets, name="asked", settings=SETTINGS | {"validation": True})
+    gate = {"name": "gate-0", "alone": True}
+    make_eval(stl, {}, name="gate", settings=SETTINGS | {"gate": gate}, ability={
+        "piqa": {"acc": 0.5, "n": 4}})  # fmt: skip
+    chosen = selection(stl)
+    limits = ["eval.limit=all eval.plan=looks.yaml@1", "eval.limit=10 eval.plan=none"]
+    asked = [f"STL seed 0 {words}" for words in limits]
+    answered = ["STL AdaCD 4.5 seed 0", "STL on validation prompts seed 0"]
+    names = [*answered, "STL behind gate-0 seed 0", *asked]
+    assert sorted(column.name for column in chosen.columns) == sorted(names)
+    legend = [words for _, _, words in chosen.section("trade-off").legend]
+    # a point has the name of its own column, and a gate without answers has no point
+    assert sorted(legend) == [*answered, ", or ".join(asked)]
+
+
+def test_settings_that_are_not_set_are_not_called_all(tmp_path: Path) -> None:
+    probe = {"method": "probe", "strength": 1.0, "layer": None}
+    run = make_run(tmp_path / "a", "stl")
+    make_eval(run, {"safe": "cr"}, settings=SETTINGS | {"steering": probe, "limit": None})
+    (told,) = selection(run).section("provenance").frame["evaluation settings"]
+    assert "limit=all" in told
+    assert "steering.layer=none" in told
+
+
+def test_answers_of_a_frontier_are_told_to_be_shown_elsewhere(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a", "stl")
+    place = make_eval(run, {}, discernment=None, frontier={"plain": {"bias": 0.0, "sets": {}}})
+    (note,) = read_run(run).notes
+    assert note == (
+        f"{place / 'metrics.json'}: not shown here; python -m dcr.frontier compares its answers"
+    )
 
 
 def test_a_seed_that_was_evaluated_twice_counts_once(tmp_path: Path) -> None:
@@ -508,6 +555,13 @@ def test_unequal_sets_are_told(tmp_path: Path) -> None:
     make_eval(a, {"safe": "cr", "unsafe": "rr"})
     make_eval(b, {"safe": "crc", "unsafe": "rr"})
     assert "do not compare pooled values" in build(tmp_path, a, b)[0]
+    c, d = make_run(tmp_path / "c"), make_run(tmp_path / "d", "stl")
+    ranked_at(c, [0.4, 0.3, 0.5])
+    place = ranked_at(d, [0.4, 0.3, 0.5]) / "metrics.json"
+    place.write_text(place.read_text().replace('"safe"', '"other"'))
+    told = "Not all were asked about the same sets, so these shares do not compare."
+    assert told in " ".join(build(tmp_path, c, d)[0].split())
+    assert told not in " ".join(build(tmp_path, a, b)[0].split())
 
 
 def test_pairs_need_the_same_seed_and_tell_of_other_settings(tmp_path: Path) -> None:
@@ -757,6 +811,11 @@ def test_answers_at_equal_safety_without_sets_that_any_column_was_trained_on(
         assert value("pooled without †", method, "answered/0.8") == 1 / 2
     assert value("xstest_safe / xstest_unsafe", "DCR", "auroc") == pytest.approx(4 / 6)
     assert "auroc:†" in told["pooled", "DCR"]["marks"]
+    table3 = paper.ablation(selection(tmp_path / "b"), "table3").values
+    assert table3 is not None
+    assert "auroc:†; answered:†" in list(table3[table3.source == "ours"].marks)
+    tidy = results.load(tmp_path / "b").query("quantity == 'discernment'")
+    assert dict(zip(tidy["set"], tidy["in_distribution"], strict=True))["pooled"]
     assert not told["pooled", "STL"]["marks"]
     assert re.search(r"safety 0.8, without † +50.0 .*50.0 ", text), text
     assert "answered, safety 0.8" in page
@@ -851,6 +910,10 @@ def test_a_calibration_shows_its_target_beside_what_it_brought(tmp_path: Path) -
         "all sets": ("80", "50.0", "-30.0"),
     }
     assert selection(tmp_path / "plain").section("calibrated") is None
+    alone = make_run(tmp_path / "alone", seed=1)
+    make_eval(alone, {}, calibration=found, settings=SETTINGS | {"calibrate": "0.8"})
+    frame = selection(alone).section("calibrated").frame
+    assert list(frame["toxic prompts"]) == ["kept_unsafe, chosen on"], "nothing else was answered"
 
 
 def test_looks_at_rows_kept_apart_are_counted_by_plan(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from dcr.core import storage
 from dcr.core.config import Kind
 from dcr.core.runs import stages
 from dcr.core.statistics import Interval
-from dcr.report.discernment import EQUAL
+from dcr.report.discernment import EQUAL, ranked_sets
 from dcr.report.grids import (
     IN_DISTRIBUTION,
     WANTED,
@@ -174,12 +174,14 @@ def verdict(columns: Sequence[Column], groups: Sequence[Group], at_safety: Row) 
         known = [f"from {' to '.join(ends)} over {len(known)} columns"]
     lacking = [name for name, cell in named.items() if not cell]
     share = float(at_safety.label.split()[1].strip(","))
+    asked = {frozenset(ranked_sets(c)) for c, cell in zip(columns, cells, strict=True) if cell}
+    apart = "Not all were asked about the same sets, so these shares do not compare. "
     where = ", on sets that no column was trained on" * (IN_DISTRIBUTION in at_safety.label)
     return (
         f"At equal safety (each refuses {share:.0%} of the toxic prompts, by its own threshold) "
         f"the share of seemingly toxic prompts answered is, in %{where}: {' → '.join(known)}"
         + f" (not measured: {', '.join(lacking[:MANY])})" * bool(lacking)
-        + f". {_differing(columns, groups, cells)}."
+        + f". {apart * (len(asked) > 1)}{_differing(columns, groups, cells)}."
     )
 
 

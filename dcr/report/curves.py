@@ -379,8 +379,8 @@ def by_seed(chosen: Selection) -> list[tuple[Style, str, list[RunRecord]]]:
     records, groups = chosen.records, {}
     styles = run_styles(records)
     labels = {run.folder: tuple(name.split(", ")) for run, name in named(records)}
-    trained = [column for column in chosen.columns if column.evaluation.weights != "base"]
-    labels |= {column.run.folder: column.label for column in reversed(trained)}
+    plain = [c for c in chosen.columns if c.evaluation.weights != "base" and unedited(c.evaluation)]
+    labels |= {column.run.folder: column.label for column in reversed(plain)}
     for run in records:
         if run.metrics or run.tracked:
             style = style_of(run, styles)

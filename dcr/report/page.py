@@ -20,7 +20,7 @@ from dcr.core.runs import RESTORE, Run
 from dcr.core.text import printable
 from dcr.report import comparisons, figures
 from dcr.report.grids import in_words, set_names, text_of
-from dcr.report.records import Answer, about, evaluations_of, flattened
+from dcr.report.records import Answer, about, evaluations_of, flattened, told
 from dcr.report.sections import Section, Selection
 from dcr.report.writing import TextTable, templates
 
@@ -163,12 +163,12 @@ def evaluations(chosen: Selection) -> TextTable | None:
     for column in columns:
         evaluation = column.evaluation
         settings = flattened(evaluation.settings)
-        words = ", ".join(f"{key}={'all' if v is None else v}" for key, v in settings.items())
+        words = ", ".join(f"{key}={told(settings, key)}" for key in settings)
         if evaluation.seconds is not None:
             words += f"; {evaluation.seconds:.0f} s"
         if evaluation.tokens_per_second is not None:
             words += f", {evaluation.tokens_per_second:.0f} tokens/s"
-        rows.append((column.name, column.run.folder.name, printable(words)))
+        rows.append((column.name, printable(str(column.run.folder)), printable(words)))
     plans = Counter(of.evaluation.settings.get("plan") for of in columns)
     looks = [
         f"{count} of these evaluations looked at rows kept apart under {printable(str(plan))}; "
@@ -183,7 +183,7 @@ def rows_used(chosen: Selection) -> TextTable | None:
     """Rows used."""
     rows, notes = [], []
     for run in chosen.records:
-        name, parts = run.folder.name, run.rows.get("rows") or {}
+        name, parts = printable(str(run.folder)), run.rows.get("rows") or {}
         rows += [(name, part, of["count"], of["fingerprint"])
                  for part, of in parts.items() if of["count"]]  # fmt: skip
         dropped = [f"{n} of {reason}" for reason, n in (run.rows.get("dropped") or {}).items()]

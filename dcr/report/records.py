@@ -29,6 +29,7 @@ READOUT = " + readout"
 FIRST_STAGE_ONLY = "contrastive only"
 STEERED = ("surgical", "scans", "ablation", "probe")  # methods that an evaluation's settings name
 UNTRAINED = ("base", "endpoint")  # weights that no run of ours made
+PLAN = "eval.plan"  # of looks; it changes no answer, so other settings tell columns apart first
 NAMED_KEYS = 3  # settings that tell two columns apart, as many as a header holds
 # keys that do not decide a run's weights, or that the label names anyway
 UNTOLD = ("seed", "method", "preset_name", "tracking", "eval", "gen", "output")
@@ -99,15 +100,17 @@ def read_run(folder: Path) -> RunRecord:
     for path in sorted(folder.glob("eval/*/metrics.json")):
         metrics = _printable(results.read(path).model_dump())
         evaluation = Evaluation.model_validate(metrics | {"folder": path.parent})
-        if evaluation.empty:
-            notes.append(f"{path}: skipped, nothing measured in it")
-        else:
+        if not evaluation.empty:
             evaluations.append(evaluation)
+        elif evaluation.frontier:
+            notes.append(f"{path}: not shown here; python -m dcr.frontier compares its answers")
+        else:
+            notes.append(f"{path}: skipped, nothing measured in it")
     logged, tracked = runs.read_metrics(run), read_tracked(run, notes)
     text = run.metrics_file.read_text("utf-8") if run.metrics_file.exists() else ""
     if torn := max(0, len(text.splitlines()) - 1 - len(logged)):  # less the header
         notes.append(f"{run.metrics_file}: {torn} torn line(s) skipped")
-    if not evaluations:
+    if not (evaluations or any("dcr.frontier" in note for note in notes)):
         lack = f"{folder}: no evaluations there; run python eval.py run={folder}"
         if not (logged or tracked or run.config_file.exists()):
             raise UserError(lack)
@@ -179,11 +182,8 @@ def steering(evaluation: Evaluation) -> str:
 
 def unedited(evaluation: Evaluation) -> bool:
     """Whether the evaluation is of plain weights, without steering or another decoding."""
-    return not (
-        steering(evaluation)
-        or {*CONTRASTS, "calibrate", "gate", "prefill", "repetition_penalty"}
-        & set(evaluation.settings)
-    )
+    # validation prompts are other prompts, not another way to answer
+    return not results.edit({**evaluation.settings, "validation": False})
 
 
 def _edit(evaluation: Evaluation) -> list[str]:
@@ -337,13 +337,11 @@ def _by_value(value: object) -> tuple[bool, float, str]:
 
 
 def variant(run: RunRecord, evaluation: Evaluation) -> str:
-    """Names everything that decides the weights, and an edit of activations, but not the seed."""
+    """Names everything that decides the weights, and every edit of answers, but not the seed."""
     named = [about(run, evaluation, key) for key in ("method", "model", "preset", "data")]
     if named[0] in UNTRAINED:
         return storage.fingerprint(named[:2])
-    if steering(evaluation):
-        named.append(storage.fingerprint(evaluation.settings["steering"]))
-    return storage.fingerprint([named, _binding(run)])
+    return storage.fingerprint([named, results.edit(evaluation.settings), _binding(run)])
 
 
 def _binding(run: RunRecord) -> dict[str, Any]:
@@ -357,7 +355,8 @@ def leaves_of(run: RunRecord, evaluation: Evaluation) -> dict[str, Any]:
     settings = evaluation.settings
     if steering(evaluation) and isinstance(settings["steering"], Mapping):
         settings = settings | {"steering": results.steering(settings)}
-    return flattened(_binding(run)) | flattened({"eval": settings})
+    asked = {"data": about(run, evaluation, "data"), **settings}
+    return flattened(_binding(run)) | flattened({"eval": asked})
 
 
 def settings_without_seed(evaluation: Evaluation) -> dict[str, Any]:
@@ -385,7 +384,7 @@ def style_of(run: RunRecord, styles: Mapping[tuple[str, str], Style]) -> Style:
     """The style of a run's trained weights; neutral for the base model."""
     evaluations = evaluations_of(run)
     trained = [e for e in evaluations if e.weights != "base"] or evaluations
-    first = min(trained, key=lambda evaluation: steering(evaluation) != "")
+    first = min(trained, key=lambda evaluation: results.edit(evaluation.settings) != "")
     return styles[variant(run, first), about(run, first, "seed")]
 
 
@@ -404,44 +403,47 @@ def _labels(pairs: Sequence[Evaluated]) -> list[tuple[str, ...]]:
         # the settings in which one of several columns of one name differs
         keys = [
             key
-            for key in sorted(set().union(*alike))
+            for key in sorted(set().union(*alike), key=lambda key: (key == PLAN, key))
             if len({str(leaf.get(key)) for leaf in alike}) > 1
         ]
-        named = tuple(printable(f"{key}={own.get(key)}") for key in keys[:NAMED_KEYS])
+        named = tuple(printable(f"{key}={told(own, key)}") for key in keys[:NAMED_KEYS])
         more = len(keys) - NAMED_KEYS
         labels.append((*label, *named, *([f"and {more} more"] if more > 0 else [])))
-    return [
-        (*label, f"{run.folder.name}/{evaluation.folder.name}")
-        if labels.count(label) > 1
-        else label
-        for label, (run, evaluation) in zip(labels, pairs, strict=True)
-    ]
+    places = [evaluation.folder for _, evaluation in pairs]
+    for place_of in (lambda place: f"{place.parent.parent.name}/{place.name}", str):
+        labels = [
+            (*label, place_of(place)) if labels.count(label) > 1 else label
+            for label, place in zip(labels, places, strict=True)
+        ]
+    return labels
+
+
+def told(settings: Mapping[str, Any], key: str) -> str:
+    """A flat setting's value in words; None is every row as a limit, and else what is not set."""
+    if settings.get(key) is not None:
+        return str(settings[key])
+    return "all" if key.endswith("limit") and key in settings else "none"
 
 
 def label_of(run: RunRecord, evaluation: Evaluation, with_model: bool) -> tuple[str, ...]:
     """Method, decoding, steering, a preset other than the paper's, seed and, if asked, model."""
-    method, model = about(run, evaluation, "method"), about(run, evaluation, "model")
+    method, model, seed = (about(run, evaluation, key) for key in ("method", "model", "seed"))
     if method == "endpoint":
         return ("endpoint", model)
-    settings, edit, seed = (
-        evaluation.settings,
-        steering(evaluation),
-        about(run, evaluation, "seed"),
-    )
-    target, words = settings.get("calibrate"), settings.get("prefill")
-    before, penalty = settings.get("gate"), settings.get("repetition_penalty")
-    trained = (
-        f"+ {edit}" if edit and edit != method else "",
-        other_preset(about(run, evaluation, "preset")),
-        f"seed {seed}" if seed else "",
-    )
+    settings, edit = evaluation.settings, steering(evaluation)
+    before, target, words = (settings.get(key) for key in ("gate", "calibrate", "prefill"))
+    penalty = settings.get("repetition_penalty")
     parts = (
         METHODS[method] if method == "base" else called(run, method, evaluation.weights),
         "" if before is None else printable(f"behind {before['name']}"),
         "" if target is None else printable(f"calibrated to {target}"),
         "" if words is None else printable(f"prefilled {words!r}"),
         "" if penalty is None else printable(f"repetition penalty {penalty}"),
-        *(trained if method != "base" else ()),
+        *(f"{CONTRASTS[key]} {settings[key]:g}" for key in CONTRASTS if key in settings),
+        "on validation prompts" if settings.get("validation") else "",
+        f"+ {edit}" if edit and edit != method else "",
+        other_preset(about(run, evaluation, "preset")) if method != "base" else "",
+        f"seed {seed}" if seed and method != "base" else "",
         model if with_model else "",
     )
     return tuple(filter(None, parts))

@@ -162,13 +162,13 @@ def calibrated(chosen: Selection) -> TextTable | None:
         names = set_names([column], Kind.toxic)
         for label, sets in [*((name, [name]) for name in names), ("all sets", names)]:
             pooled = together(sets) or sets
-            refused = rate(evaluation, pooled, "refused")
+            if (refused := rate(evaluation, pooled, "refused")) is None:
+                continue
             told = text_of(rate(evaluation, pooled, "refused", OUTCOME))
             rows.append((column.name, in_words(label), *_against(target, refused), told))
     heads = "run", "toxic prompts", "target, %", "refused, %", "off by", "refused by outcome, %"
     return TextTable.of(rows, *heads)
 
 
-def _against(target: float, refused: Cell | None) -> tuple[str, str, str]:
-    off = "–" if refused is None else f"{100 * (refused.estimate - target):+.1f}"
-    return f"{100 * target:.0f}", text_of(refused), off
+def _against(target: float, refused: Cell) -> tuple[str, str, str]:
+    return f"{100 * target:.0f}", text_of(refused), f"{100 * (refused.estimate - target):+.1f}"

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import pandas as pd
 
-from dcr import inference
+from dcr import inference, results
 from dcr.core import storage
 from dcr.core.config import ConfigError, Kind, UserError
 from dcr.core.runs import stages
@@ -15,13 +16,24 @@ from dcr.core.text import printable
 from dcr.report import figures
 from dcr.report.curves import SCORE, folders, named, shared_by_kind, snapshots
 from dcr.report.figures import INK, Curve, Drawing, Drawings, Look, Panel, look_of
-from dcr.report.grids import NAMES, WANTED, Cell, judges_of, marked_sets, rate, set_names, together
+from dcr.report.grids import (
+    NAMES,
+    WANTED,
+    Cell,
+    judges_of,
+    marked_sets,
+    ranked,
+    rate,
+    set_names,
+    together,
+)
 from dcr.report.records import (
     METHODS,
     STEERED,
     Column,
     Evaluation,
     RunRecord,
+    Style,
     about,
     config_of,
     flattened,
@@ -31,6 +43,7 @@ from dcr.report.records import (
     settings_without_seed,
     steering,
     style_of,
+    told,
     variant,
 )
 from dcr.report.sections import Selection
@@ -72,12 +85,15 @@ def trade_offs(chosen: Selection) -> Drawings:
     if all(unmarked.values()) and unmarked != sets:
         title = "Sets that no run trained on, pooled"
         drawings.append(_trade_off("tradeoff-unseen", title, records, columns, unmarked))
-    styles, named = run_styles(records), {}
+    styles, named = run_styles(records), dict[Style, list[str]]()
     for column in columns:
-        named.setdefault(column.style, column.name)
+        if _rates(column.evaluation, sets):
+            named.setdefault(column.style, []).append(column.name)
     for run in records:
-        named.setdefault(style_of(run, styles), run.folder.name)
-    return Drawings(drawings, figures.style_legend(list(named.items())))
+        if any(e.weights == "snapshot" and _rates(e, sets) for e in run.evaluations):
+            named.setdefault(style_of(run, styles), [run.folder.name])
+    legend = [(style, ", or ".join(names)) for style, names in named.items()]
+    return Drawings(drawings, figures.style_legend(legend))
 
 
 def _trade_off(
@@ -163,9 +179,8 @@ def _ablated(alike: Sequence[tuple[float, Column]]) -> list[Curve]:
         if rates := _rates(column.evaluation, sets):
             of = zip(WANTED, rates, strict=True)
             points += [(kind.value, value, 100 * cell.estimate) for kind, cell in of]
-        ranked = column.evaluation.discernment
-        if ranked and ranked.pooled and ranked.pooled.auroc[0] is not None:
-            points.append(("auroc", value, 100 * ranked.pooled.auroc[0]))
+        if auroc := ranked(column.evaluation, "discernment"):
+            points.append(("auroc", value, 100 * auroc.estimate))
     drawn = []
     every = figures.frame(points, "what", "x", "y")
     for what in (*(kind.value for kind in WANTED), "auroc"):
@@ -313,17 +328,29 @@ def _groups(records: Sequence[RunRecord], margin: float, data: str | None) -> li
     grouped: dict[str, list[tuple[RunRecord, Evaluation]]] = {}
     for run, e in evaluated:
         if data is None or about(run, e, "data") == data:
-            edits = ("steering", *CONTRASTS)
-            settings = {key: value for key, value in e.settings.items() if key not in edits}
-            key = storage.fingerprint([[about(run, e, key) for key in NAMED], settings])
+            key = storage.fingerprint([[about(run, e, key) for key in NAMED], _shared(e)])
             grouped.setdefault(key, []).append((run, e))
     groups = [group for pairs in grouped.values() if (group := _alike(pairs, margin))]
+    settings = [flattened(_shared(group.reference.evaluation)) for group in groups]
+    apart = [
+        k for k in dict.fromkeys(chain(*settings)) if len({told(of, k) for of in settings}) > 1
+    ]
+    groups = [
+        replace(group, title=", ".join([group.title, *(f"{key}={told(of, key)}" for key in apart)]))
+        for group, of in zip(groups, settings, strict=True)
+    ]
     if not groups:
         raise UserError(
             f"figure operating_points: no unsteered STL evaluation with steered or other ones on "
             f"the same prompts in {folders(records)}; {SWEEP}"
         )
     return groups
+
+
+def _shared(evaluation: Evaluation) -> dict[str, Any]:
+    """The settings that all points of a panel have in common."""
+    edits = ("steering", *CONTRASTS)
+    return {key: value for key, value in evaluation.settings.items() if key not in edits}
 
 
 def _alike(pairs: Sequence[tuple[RunRecord, Evaluation]], margin: float) -> Alike | None:
@@ -354,7 +381,7 @@ def _alike(pairs: Sequence[tuple[RunRecord, Evaluation]], margin: float) -> Alik
     methods = dict.fromkeys(point.method for point in points if point.method != "stl")
     chosen = {m: choose([p for p in points if p.method == m], reference, margin) for m in methods}
     model, data, seed = (about(*stl[0], key) for key in NAMED)
-    asked = "validation prompts" if stl[0][1].settings.get("validation") else ""
+    asked = results.edit(_shared(stl[0][1]))
     title = ", ".join(filter(None, (model, f"{data} data", f"seed {seed}" if seed else "", asked)))
     return Alike(title, safety, sets, reference, tuple(points), chosen)
 
