@@ -16,7 +16,8 @@ from dcr.core.config import (
 )
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
-from dcr.core.text import conversation, encodable
+from dcr.core.text import conversation
+from dcr.ending import encodable
 
 if TYPE_CHECKING:
     from dcr.core.models import Policy

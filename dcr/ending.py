@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import traceback
+import unicodedata
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -20,7 +21,6 @@ from omegaconf.errors import OmegaConfBaseException
 from dcr import resolving
 from dcr.core import machine
 from dcr.core.config import ConfigError, TrainConfig, UserError
-from dcr.core.text import printable
 
 # The schemas of the scripts; `dcr.extensions` puts in its own, and that of eval.
 SCHEMAS: dict[str, type] = {"train": TrainConfig}
@@ -76,6 +76,27 @@ def redact(text: str, *secrets: str) -> str:
     for pattern in SECRETS:
         text = pattern.sub(rf"\1{REMOVED}", text)
     return text
+
+
+def printable(text: str) -> str:
+    """The text with control characters as pictures, and without lone surrogates.
+
+    Line ends and tabs stay. No text of a file, a model or a server can so move the cursor, or
+    colour or rename a terminal.
+    """
+    return "".join(_shown(character) for character in text.replace("\r\n", "\n"))
+
+
+def _shown(character: str) -> str:
+    if character in "\n\t" or unicodedata.category(character) not in ("Cc", "Cs"):
+        return character
+    code = ord(character)
+    return chr(0x2400 + code) if code < 0x20 else "\N{REPLACEMENT CHARACTER}"
+
+
+def encodable(text: str) -> str:
+    """The text with surrogates, which JSON can spell and UTF-8 cannot, joined or made U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def single_line(text: object, *secrets: str, longest: int | None = None) -> str:

@@ -158,7 +158,8 @@ def log_of(
 
 def _sample(row: "Completion", said: Mapping[str, Said], model: str, kind: Kind) -> Any:
     """An answer with what every rule and judge says of it."""
-    from dcr.core.text import encodable, messages
+    from dcr.core.text import messages
+    from dcr.ending import encodable
 
     log, speaker, scorer = (
         importlib.import_module(f"inspect_ai.{room}") for room in ("log", "model", "scorer")

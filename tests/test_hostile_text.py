@@ -22,8 +22,7 @@ from dcr.core import config, runs, sources, storage
 from dcr.core.config import Kind, ModelConfig, UserError
 from dcr.core.generation import Completion
 from dcr.core.runs import Run
-from dcr.core.text import encodable, printable
-from dcr.ending import redact, single_line
+from dcr.ending import encodable, printable, redact, single_line
 from dcr.judges.verdicts import filled
 from dcr.keywords import recommended
 from tests.servers.loopback import Answer, as_json

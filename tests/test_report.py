@@ -19,7 +19,7 @@ from dcr.core.config import Kind
 from dcr.core.evaluation import scoring, subjects
 from dcr.core.evaluation.sets import PAPER_SAFETY, PromptSet
 from dcr.core.runs import Run
-from dcr.core.text import encodable
+from dcr.ending import encodable
 from dcr.outcomes import Outcome
 from dcr.report import (
     building,

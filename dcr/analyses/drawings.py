@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from dcr.core.config import UserError
-from dcr.core.text import printable
+from dcr.ending import printable
 from dcr.report import figures
 from dcr.report.curves import (
     KERNELS,

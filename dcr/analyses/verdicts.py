@@ -14,8 +14,7 @@ from dcr.analyses import ntk
 from dcr.core.config import DataError
 from dcr.core.results import Estimate
 from dcr.core.statistics import Interval, percentiles
-from dcr.core.text import printable
-from dcr.ending import single_line
+from dcr.ending import printable, single_line
 from dcr.inference import resampled_groups
 from dcr.report.curves import KEPT, SCORED, STAGES, folders, name_of_weights, named, snapshots
 from dcr.report.records import Evaluation, RunRecord, about, config_of, unedited

@@ -1,9 +1,7 @@
 """Text to compare, name, show and store; imports nothing else of the package.
 
 `normalise` compares prompts, `conversation` spells turns as one prompt, `label_of` names folders,
-and `CHATML` is the template of tokenizers without one. Text is shown as `printable` (no control
-codes) and stored as `encodable` (no lone surrogates); `ending` takes secrets away wherever a
-command prints.
+and `CHATML` is the template of tokenizers without one.
 """
 
 import re
@@ -114,33 +112,12 @@ def messages(
     return [{"role": role, "content": words} for role, words in turns]
 
 
-# --- text to show and to store --------------------------------------------------------------------
+# --- names ----------------------------------------------------------------------------------------
 
 
 def label_of(name: str) -> str:
     """A model's name as part of a folder's: letters, digits, '.', '_' and '-'."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", PurePath(name).name or name).strip("-.") or "model"
-
-
-def printable(text: str) -> str:
-    """The text with control characters as pictures, and without lone surrogates.
-
-    Line ends and tabs stay. No text of a file, a model or a server can so move the cursor, or
-    colour or rename a terminal.
-    """
-    return "".join(_shown(character) for character in text.replace("\r\n", "\n"))
-
-
-def _shown(character: str) -> str:
-    if character in "\n\t" or unicodedata.category(character) not in ("Cc", "Cs"):
-        return character
-    code = ord(character)
-    return chr(0x2400 + code) if code < 0x20 else "\N{REPLACEMENT CHARACTER}"
-
-
-def encodable(text: str) -> str:
-    """The text with surrogates, which JSON can spell and UTF-8 cannot, joined or made U+FFFD."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def nearest(key: str, known: Sequence[str]) -> list[str]:

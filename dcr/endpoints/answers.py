@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dcr.core.text import encodable
+from dcr.ending import encodable
 from dcr.endpoints import ServerConfig
 from dcr.endpoints.servers import (
     EndpointError,

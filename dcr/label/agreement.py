@@ -12,7 +12,7 @@ import pandas as pd
 from dcr import inference, keywords, outcomes
 from dcr.core import storage
 from dcr.core.statistics import Interval
-from dcr.core.text import printable
+from dcr.ending import printable
 from dcr.judges.verdicts import Verdict, answer_fingerprint, by_keywords
 from dcr.label import LABELS, sheets
 from dcr.report.grids import OUTCOME

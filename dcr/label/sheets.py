@@ -22,8 +22,7 @@ from dcr.core import storage
 from dcr.core.config import ConfigError, DataError, UserError
 from dcr.core.config.evaluation import AUTO_LENGTH
 from dcr.core.generation import Completion
-from dcr.core.text import printable
-from dcr.ending import single_line
+from dcr.ending import printable, single_line
 from dcr.judges.verdicts import answer_fingerprint
 from dcr.label import LABELS
 from dcr.report.records import Column

@@ -13,7 +13,7 @@ from rich.text import Text
 from dcr import entry
 from dcr.core import storage
 from dcr.core.config import ConfigError, DataError, UserError
-from dcr.core.text import printable
+from dcr.ending import printable
 from dcr.report import comparisons, figures, page, writing
 from dcr.report.figures import Drawing
 from dcr.report.grids import FOOTNOTES, INTERVALS, Block, Grid, any_marked, in_words, text_of

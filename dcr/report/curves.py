@@ -13,7 +13,7 @@ from dcr.core import storage
 from dcr.core.config import Kind, UserError
 from dcr.core.results import Estimate
 from dcr.core.runs import last_stage
-from dcr.core.text import printable
+from dcr.ending import printable
 from dcr.report import figures
 from dcr.report.figures import Curve, Drawing, Drawings, Panel, kind_name
 from dcr.report.grids import rate, together

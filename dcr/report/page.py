@@ -17,7 +17,7 @@ from dcr.balance import Balance
 from dcr.core import storage
 from dcr.core.config import Kind
 from dcr.core.runs import RESTORE, Run
-from dcr.core.text import printable
+from dcr.ending import printable
 from dcr.report import comparisons, figures
 from dcr.report.grids import in_words, set_names, text_of
 from dcr.report.records import Answer, about, evaluations_of, flattened, told

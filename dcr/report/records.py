@@ -12,7 +12,7 @@ from dcr.core.config import Kind, UserError
 from dcr.core.evaluation.subjects import Opening
 from dcr.core.generation import Completion
 from dcr.core.runs import Run
-from dcr.core.text import printable
+from dcr.ending import printable
 from dcr.results.frame import CONTRASTS, rows_of
 from dcr.results.schema import Metrics
 

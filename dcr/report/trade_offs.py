@@ -12,7 +12,7 @@ from dcr import inference, results
 from dcr.core import storage
 from dcr.core.config import ConfigError, Kind, UserError
 from dcr.core.runs import stages
-from dcr.core.text import printable
+from dcr.ending import printable
 from dcr.report import figures
 from dcr.report.curves import SCORE, folders, named, shared_by_kind, snapshots
 from dcr.report.figures import INK, Curve, Drawing, Drawings, Look, Panel, look_of

@@ -13,7 +13,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from dcr import results
-from dcr.core.text import printable
+from dcr.ending import printable
 
 ABSENT = "–"
 DOCUMENT = r"""% LuaLaTeX or XeLaTeX know every letter; a tabular alone can be taken into a paper

@@ -13,7 +13,7 @@ from dcr.core.config import Kind, UserError
 from dcr.core.evaluation.sets import APART, pairs_of
 from dcr.core.results import Estimate, RankedSet, Ranking
 from dcr.core.runs import Run, stages
-from dcr.core.text import encodable
+from dcr.ending import encodable
 from dcr.results.schema import Ability, Metrics, Quality, SetCounts, read
 
 # Ways to decode, as the settings of an evaluation tell them.
