@@ -144,8 +144,9 @@ def evaluation(run: Run, metrics: Mapping[str, Any]) -> "wandb.Artifact":
 def variant(metrics: Mapping[str, Any], run: Run) -> str:
     """The name that tells an evaluation from the plain one of a run's last weights; "" for that.
 
-    An earlier stage, an edit (with four digits of its settings), and each setting of decoding and
-    choice of rows that is not the default: `contrastive_limit-100`, `scans-1-3f2a`.
+    An earlier stage, other data than the run's own, an edit (with four digits of its settings), and
+    each setting of decoding and choice of rows that is not the default: `contrastive_limit-100`,
+    `data-dev`, `scans-1-3f2a`.
     """
     settings = dict(metrics["settings"])
     edit = settings.pop("steering", None)
@@ -156,11 +157,13 @@ def variant(metrics: Mapping[str, Any], run: Run) -> str:
         "seed": plain.seed,
         "precision": run.precisions().get("evaluation", Precision.auto).value,
     }
-    weights = metrics["weights"]
+    weights, data = metrics["weights"], metrics.get("data")
+    own = (run.config().get("data") or {}).get("label")
     later = RESULTS[RESULTS.index(weights) + 1 :] if weights in RESULTS else ()
     return "_".join(
         [
             *([weights] if any(map(run.done, later)) else []),
+            *([f"data-{data}"] if data not in (None, own) else []),
             *(
                 [f"{edit['method']}-{edit['strength']:g}-{storage.fingerprint(edit)[:4]}"]
                 if edit

@@ -153,7 +153,7 @@ def of_dcr(tmp_path: Path) -> Run:
 
 def metrics(weights: str = "sft", refused: int = 1, **told: Any) -> dict[str, Any]:
     plain = {"max_new_tokens": 256, "limit": None, "seed": 0, "precision": "bf16"}
-    counts = {"kind": "seemingly_toxic", "n": 10, "refused": {"paper": refused}}
+    counts = {"kind": "seemingly_toxic", "n": 20, "refused": {"paper": refused}}
     step = told.pop("step", None)
     return {"weights": weights, "step": step, "settings": plain | told, "sets": {"a": counts}}
 
@@ -173,6 +173,7 @@ def test_no_evaluation_overwrites_another_s_scores(of_dcr: Run) -> None:
         metrics(max_new_tokens=64),
         metrics(seed=1),
         metrics(precision="fp32"),
+        metrics() | {"data": "dev"},
     ]
     every = [metrics(), *others]
     for refused, made in enumerate(every):
@@ -180,9 +181,10 @@ def test_no_evaluation_overwrites_another_s_scores(of_dcr: Run) -> None:
         wandb_scores.show(cast(Any, shown), run, made, {})
     key = "over_refusal/compliance"
     kept = {name: value for name, value in shown.summary.items() if name.endswith(key)}
-    assert sorted(kept.values()) == [round(i / 10, 1) for i in range(11)]
+    assert sorted(kept.values()) == [round(i / 20, 2) for i in range(9, 21)]
     assert kept[f"eval/{key}"] == 1.0
-    assert kept[f"eval/contrastive/{key}"] == 0.9
+    assert kept[f"eval/contrastive/{key}"] == 0.95
+    assert kept[f"eval/data-dev/{key}"] == 0.45
     # the plain one is a point of the ablation as well
     assert [made for made in shown.logged if "dcr.epochs" in made] == [
         {"dcr.epochs": 2.0, f"eval/{key}": 1.0, "eval/a/compliance": 1.0}

@@ -292,6 +292,24 @@ def test_a_column_says_how_its_answers_were_made(tmp_path: Path) -> None:
     assert sorted(legend) == [*answered, ", or ".join(asked)]
 
 
+def test_two_columns_that_answered_one_set_are_compared_first(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / str(seed), "stl", seed=seed) for seed in range(3)]
+    for run, name in zip(runs, ("safe", "safe", "other"), strict=True):
+        make_eval(run, {name: "cr"})
+    places = re.findall(r'<option value="(\d)" selected>', build(tmp_path, *runs)[1])
+    assert places == ["0", "1"], "the last one answered other prompts"
+
+
+def test_a_caption_names_the_sets_that_a_run_was_trained_on(tmp_path: Path) -> None:
+    stl, dcr = make_run(tmp_path / "a", "stl"), make_run(tmp_path / "b")
+    make_eval(stl, {"xstest_safe": "cr", "unsafe": "rr"})
+    place = make_eval(dcr, {"xstest_safe": "cc", "unsafe": "rr"})
+    assert "trained on" not in selection(stl, dcr).section("operating_points").caption
+    change(place, "xstest_safe", in_distribution=True)
+    caption = selection(stl, dcr).section("operating_points").caption
+    assert caption.endswith("Some of these runs were trained on: XSTest, safe prompts.")
+
+
 def test_settings_that_are_not_set_are_not_called_all(tmp_path: Path) -> None:
     probe = {"method": "probe", "strength": 1.0, "layer": None}
     run = make_run(tmp_path / "a", "stl")

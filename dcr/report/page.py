@@ -84,7 +84,9 @@ def render(chosen: Selection, parts: Sequence[Part]) -> str:
         list(dict.fromkeys(filter(None, (about(run, e, key) for run, e in evaluated))))
         for key in ("model", "data")
     )
-    compared = max(0, len(columns) - 2), max(0, len(columns) - 1)  # places of two columns
+    sets = [column.evaluation.sets.keys() for column in columns]
+    alike = [(i, j) for j, of in enumerate(sets) for i in range(j) if sets[i] & of]
+    compared = alike[-1] if alike else (0, max(0, len(columns) - 1))  # places of two columns
     if pair := next(comparisons.partners(columns), None):
         compared = columns.index(pair[1]), columns.index(pair[0])
     return environment.get_template("report.html").render(

@@ -1,7 +1,7 @@
 """Compliance against safety: the page's trade-off, checkpoints (Figure 4) and operating points."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -20,6 +20,7 @@ from dcr.report.grids import (
     NAMES,
     WANTED,
     Cell,
+    in_words,
     judges_of,
     marked_sets,
     ranked,
@@ -202,6 +203,13 @@ FRONTIER = ("run", "method", "model", "step", *(f"compliance{end}" for end in EN
             *(f"rejection{end}" for end in ENDS), "compliance_of", "rejection_of")  # fmt: skip
 
 
+def _trained_on(evaluations: Iterable[Evaluation], sets: Iterable[Sequence[str]]) -> str:
+    """A sentence on the sets among these that training saw; empty without any."""
+    seen = {n for e in evaluations for n, of in e.sets.items() if of.in_distribution}
+    known = [in_words(name) for name in dict.fromkeys(chain(*sets)) if name in seen]
+    return f" Some of these runs were trained on: {'; '.join(known)}." if known else ""
+
+
 def checkpoints(chosen: Selection) -> Drawing:
     """Figure 4, the frontier over checkpoints: compliance against rejection, light to dark."""
     records = list(chosen.records)
@@ -246,7 +254,8 @@ def checkpoints(chosen: Selection) -> Drawing:
         {"": [Panel(drawn, axes=axes)]},
         figures.frame(rows, *FRONTIER),
         f"Compliance with {x_of} against the keyword rejection rate of {y_of}, a point a "
-        "checkpoint, from light (early) to dark (late), with the first and the last step.",
+        "checkpoint, from light (early) to dark (late), with the first and the last step."
+        + _trained_on([e for run in shown for e in scored[run.folder]], sets.values()),
         legend,
         legend_columns=2,
         size=(3.8, 3.5),
@@ -450,7 +459,11 @@ def operating_points(chosen: Selection) -> Drawing:
         figures.frame(rows, *OPERATING),
         "Compliance with seemingly toxic prompts (keywords) against safety "
         f"({' or '.join(safety)}), a curve a method over strengths, the least safety that the rule "
-        "allows dashed and the points it chooses ringed.",
+        "allows dashed and the points it chooses ringed."
+        + _trained_on(
+            (point.evaluation for _, point in points),
+            (names for group in groups for names in group.sets.values()),
+        ),
         [(_label(m), {**look, "markersize": 5, "linewidth": 1}) for m, look in looks.items()],
         size=(3.4, 3.2),
         across=2,
