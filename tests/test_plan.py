@@ -379,3 +379,17 @@ def test_a_finished_stage_is_said_to_be_skipped(local: Path, tmp_path: Path) -> 
     told = plan.describe(settings(f"model.name={local}", f"run={tmp_path}"))
     assert "contrastive is done" in told
     assert "sft is done" not in told
+
+
+def test_a_run_that_training_refuses_to_go_on_with_is_refused(
+    tiny: TrainConfig, whole: Path, half: Path
+) -> None:
+    assert "sft is done" in plan.describe(replace(tiny, run=str(whole)))
+    with pytest.raises(
+        ConfigError, match=r"another configuration \(dcr.epochs: 2 -> 3\); sft is d"
+    ):
+        plan.describe(changed(tiny, f"run={whole}", "dcr.epochs=3"))
+    rows = (half / "rows.json").read_text()
+    (half / "rows.json").write_text(rows.replace('"count": 20', '"count": 19'))
+    with pytest.raises(ConfigError, match=r"made with other rows \(normal: 19 rows"):
+        plan.describe(replace(tiny, run=str(half)))

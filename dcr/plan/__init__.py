@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.table import Table
 
 from dcr import entry, readout
-from dcr.core import machine
+from dcr.core import config, continuing, data, machine
 from dcr.core.config import (
     Method,
     Precision,
@@ -71,11 +71,15 @@ def describe(settings: TrainConfig) -> str:
     on_gpu, _ = machine.of_training(
         replace(settings, trainer=replace(settings.trainer, accelerator="gpu"))
     )
-    recorded = Run(Path(settings.run)).precisions() if settings.run else {}
+    run = Run(Path(settings.run)) if settings.run else None
+    recorded = run.precisions() if run else {}
     settings, arithmetic = machine.of_training(settings, recorded)
     notes = [f"precision: {arithmetic.told}", *([arithmetic.slow] if arithmetic.slow else [])]
     shapes = {stage: stage_shape(settings, stage) for stage in chain}
     drawn, balanced, more = expected(settings)
+    if run:
+        continuing.check_config(run, config.plain(settings), settings.force)
+        continuing.check_rows(run, data.row_record(drawn), settings.force)
     plans = [stage_plan(settings, stage, shape, drawn) for stage, shape in shapes.items()]
     pairs_table = entry.table("Stage one's pairs", ["what may stand in for intent", ""])
     for name, value in balanced.rows() if balanced else ():
