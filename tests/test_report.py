@@ -255,6 +255,10 @@ def test_columns_are_told_apart_by_the_swept_key_or_else_by_their_folders(tmp_pa
     assert {c.name for c in chosen} == {"DCR seed 0 dcr.epochs=1", "DCR seed 0 dcr.epochs=3"}
     assert seed_groups(chosen) == []
     assert len({column.style for column in chosen}) == 2
+    make_eval(folders[0], {"safe": "cr"}, weights="readout", name="before-main")
+    last = [column.evaluation.weights for column in columns(*folders)]
+    assert last == ["sft", "sft", "readout"], "in the order of the stages"
+    shutil.rmtree(folders[0] / "eval" / "before-main")
     again = make_run(tmp_path / "again", dcr={"epochs": 1, "margin": 0.25})
     make_eval(again, {"safe": "cr"})
     alike = [column.name for column in columns(folders[0], again)]
@@ -987,7 +991,8 @@ def test_curves_have_the_mean_and_spread_over_seeds(tmp_path: Path) -> None:
         rows = [("sft", step, 0, "sft/step_nll", loss) for step, loss in enumerate(losses)]
         rows += [("sft", 7 + seed, 0, "sft/step_nll", 9.0)]  # a step that one of them has alone
         runs.append_metrics(Run(folders[-1]), rows)
-    chosen = selection(*folders)
+    shutil.copytree(folders[0], tmp_path / "again")
+    chosen = selection(*folders, tmp_path / "again")
     ((_, name, _),) = curves.by_seed(chosen)
     assert name == "STL 2 seeds"
     (drawing,) = curves.training(chosen).drawings

@@ -384,14 +384,15 @@ def by_seed(chosen: Selection) -> list[tuple[Style, str, list[RunRecord]]]:
     for run in records:
         if run.metrics or run.tracked:
             style = style_of(run, styles)
-            # neutral ones may differ
-            alike = groups.setdefault(style.variant or run.folder, [])
-            alike.append((style, labels[run.folder], run))
+            # neutral ones may differ; a seed that was trained twice counts once
+            seeds = groups.setdefault(style.variant or run.folder, {})
+            seeds.setdefault(style.seed, (style, labels[run.folder], run))
     found = []
-    for alike in groups.values():
+    for alike in (list(seeds.values()) for seeds in groups.values()):
         style, label, _ = alike[0]
         if len(alike) > 1:
-            label = [*(p for p in label if not p.startswith("seed ")), f"{len(alike)} seeds"]
+            shared = (part for part in label if all(part in of for _, of, _ in alike))
+            label = [*shared, f"{len(alike)} seeds"]
         found.append((style, " ".join(label), [run for *_, run in alike]))
     return found
 

@@ -323,6 +323,7 @@ def _order(run: RunRecord, evaluation: Evaluation) -> tuple[Any, ...]:
         rank,
         method,
         (preset != "paper", preset),
+        STAGES.index(evaluation.weights) if evaluation.weights in STAGES else len(STAGES),
         [(len(part), part) for part in _edit(evaluation)],  # strengths in ascending order
         [(key, _by_value(value)) for key, value in sorted(flattened(_binding(run)).items())],
         (len(seed), seed),
