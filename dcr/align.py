@@ -151,6 +151,7 @@ def _aligned(
         calibrate=None if instead or best.name in short else safe,
         trust_remote_code=settings.model.trust_remote_code,
         gate=gate,
+        evaluated_by=best.evaluations[0],
     )
     study.do_all([Part(best.name, "export", (target / "config.json").exists, written)])
     return f"{target} ({instead})" if instead else str(target)

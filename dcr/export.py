@@ -152,12 +152,14 @@ def export(
     trust_remote_code: bool = False,
     gate: Path | None = None,
     gated: GatingConfig | None = None,
+    evaluated_by: EvalSettings | None = None,
 ) -> Path:
     """Write a stage's weights, merged in fp32 and then cast, with tokenizer and card into `out`.
 
     `stage` is by default the run's last, `precision` that of the run's evaluations. `calibrate`, as
     that of `eval.py`, chooses a bias on these very weights and writes it into the generation
-    config, or the threshold of a `gate`, which goes along as `gated` has it.
+    config, or the threshold of a `gate`, which goes along as `gated` has it. The prompts that it is
+    chosen on are those of `evaluated_by`, by default those of `eval.py`.
 
     Raises ConfigError when `out` holds anything, the stage is not done or not one of the method's,
     or its base is gone or not the one it was trained on.
@@ -165,7 +167,10 @@ def export(
     made_with, stage = _exportable(run, out, stage)
     dtype = "bfloat16" if (precision or _evaluated_in(run)) is Precision.bf16 else "float32"
     model = resolving.model_of(made_with, trust_remote_code)
+    chosen_by = evaluated_by or EvalSettings()
     settings = EvalSettings(
+        calibration=chosen_by.calibration,
+        data=chosen_by.data,
         model=model,
         calibrate=calibrate,
         precision=_evaluated_in(run),

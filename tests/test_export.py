@@ -219,6 +219,18 @@ def test_plain_transformers_decodes_a_calibrated_export_as_we_do(
     assert "| contrasts_toxic_heldout | 119 | 91% |" in card_text
 
 
+def test_the_bias_is_chosen_on_the_prompts_of_the_evaluation_that_is_given(
+    calibrated: Path, moved: Run, tmp_path: Path
+) -> None:
+    del calibrated  # for what it patches
+    settings = EvalSettings()
+    settings.calibration.toxic = ["demo_toxic_heldout"]
+    out = export.export(moved, tmp_path / "own", None, Precision.fp32, "0.9", evaluated_by=settings)
+    told = (out / "README.md").read_text()
+    assert "| demo_toxic_heldout | 84 |" in told
+    assert "contrasts_toxic_heldout" not in told
+
+
 def test_a_gate_goes_along_and_plain_transformers_answers_behind_it_as_we_do(
     calibrated: Path, moved: Run, tmp_path: Path
 ) -> None:
