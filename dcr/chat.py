@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dcr import ending, entry, extensions, keywords, resolving
+from dcr import ending, entry, extensions, keywords, repetition, resolving
 from dcr.core import machine, prompts, refusal
 from dcr.core.config import (
     ConfigError,
@@ -43,6 +43,12 @@ class Options:
     )
     max_new_tokens: int = entry.option(
         "the longest answer, in tokens", 256, least=1, key="gen.max_new_tokens"
+    )
+    repetition_penalty: float = entry.option(
+        "by what to divide the logits of tokens that the answer holds; 1: nothing",
+        1.0,
+        least=1,
+        key="gen.repetition_penalty",
     )
     gate: Path | None = entry.option(
         "the folder of a gate that python -m dcr.gate trained, which refuses first", None
@@ -162,9 +168,10 @@ def main(options: Options) -> None:
     extensions.hand_in_passes()
     machine.use_threads()
     machine.to_gpu(policy.model)
-    dialogue = Dialogue(
-        policy, prompts.chat_format(policy.tokenizer, model), options.max_new_tokens
-    )
+    chat = prompts.chat_format(policy.tokenizer, model)
+    if options.repetition_penalty != 1:
+        chat = repetition.penalised(chat, options.repetition_penalty)
+    dialogue = Dialogue(policy, chat, options.max_new_tokens)
     if options.gate is not None:
         from dcr.gating import classifier
 

@@ -87,12 +87,18 @@ class Penalised(Change):
 
     def chat(self, subject: Any, chat: "ChatFormat") -> "ChatFormat":
         penalty = asked_for(subject.settings)
-        if penalty is None:
-            return chat
-        if not (lead := chat.lead()):
-            raise ConfigError(
-                f"gen.repetition_penalty={penalty}: no token of the chat template stands between "
-                "the user's words and the answer, so its beginning cannot be found; name another "
-                "model.template"
-            )
-        return replace(chat, processor=Penalty(tuple(lead), penalty))
+        return chat if penalty is None else penalised(chat, penalty)
+
+
+def penalised(chat: "ChatFormat", penalty: float) -> "ChatFormat":
+    """A chat format whose answers are decoded under the penalty.
+
+    Raises ConfigError for a template without a token between a user's words and the answer.
+    """
+    if not (lead := chat.lead()):
+        raise ConfigError(
+            f"gen.repetition_penalty={penalty}: no token of the chat template stands between the "
+            "user's words and the answer, so its beginning cannot be found; name another "
+            "model.template"
+        )
+    return replace(chat, processor=Penalty(tuple(lead), penalty))

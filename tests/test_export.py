@@ -7,6 +7,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -610,9 +611,9 @@ def test_card_keeps_local_folders_to_itself(moved: Run) -> None:
 def test_chat_answers_forgets_and_ends(
     made: Made, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def talk(*lines: str) -> str:
+    def talk(*lines: str, told: Sequence[str] = ("gen.max_new_tokens=5",)) -> str:
         monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
-        assert chat.main([f"run={made.run.folder}", "gen.max_new_tokens=5"]) == 0
+        assert chat.main([f"run={made.run.folder}", *told]) == 0
         return capsys.readouterr().out
 
     once = talk("Hello", "/quit", "unheard")
@@ -620,6 +621,11 @@ def test_chat_answers_forgets_and_ends(
     again = talk("Hello", "/reset", "Hello")
     assert again == once + once
     assert "\x1b" not in again  # not a terminal
+    longer = "gen.max_new_tokens=40"
+    plain, same, penalised = (
+        talk("Hello", told=[longer, f"gen.repetition_penalty={by}"]) for by in (1, 1.0, 50)
+    )
+    assert plain == same != penalised
 
 
 @pytest.mark.parametrize("strict", [True, False])
