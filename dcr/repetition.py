@@ -53,6 +53,8 @@ def relations(settings: EvalConfig) -> Iterator[str]:
     if settings.gen.thinking is not None:
         yield f"{named} gen.thinking={settings.gen.thinking}: would reach into thoughts; give one"
     yield from decoding_alone(settings, named, "it acts while answers are decoded")
+    if "robustness" in settings.tasks:
+        yield f"{named} tasks=[robustness]: its attacks decode without a penalty; leave one out"
 
 
 @dataclass(frozen=True)
