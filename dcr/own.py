@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from dcr.core.config import ConfigError, OwnPath
+from dcr.core.config import ConfigError
 from dcr.core.extending import sha256
 from dcr.core.text import nearest
 
@@ -25,8 +25,8 @@ CURES = {  # by the beginning of pydantic's name for a wrong type
 }
 
 
-class Named(OwnPath):
-    """A path with its loader. `settings` are the fields of the part's class that the user set."""
+class Named(str):
+    """A `config.OwnPath`. `settings` are the fields of the part's class that the user set."""
 
     settings: Mapping[str, Any]
 

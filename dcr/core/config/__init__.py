@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from omegaconf import II, MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -564,15 +564,16 @@ def fault_of_run(made_with: Mapping[str, Any]) -> str | None:
     return None
 
 
-class OwnPath(str):
-    """The path of a user's own part where the user's command or YAML names it.
+@runtime_checkable
+class OwnPath(Protocol):
+    """The path of a user's own part, a str, where the user's command or YAML names it.
 
-    A run's `config.yaml` holds the same text as a plain str, which imports nothing.
+    A run's `config.yaml` holds the same text as a plain str, which has nothing that imports.
     """
 
     def made(self, base: type[Node], key: str) -> Node:
         """An instance of the part, see `extending.made`."""
-        raise NotImplementedError
+        ...
 
 
 def is_path(name: str) -> bool:
