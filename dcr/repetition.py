@@ -31,6 +31,11 @@ class RepetitionConfig(GenConfig):
     # (CTRL; the paper's is 1.2). 1 decodes plainly.
     repetition_penalty: float = ranged(1.0, at_least_one, "give 1 or more")
 
+    def decoding(self, chat: "ChatFormat") -> "ChatFormat":
+        """Raises ConfigError for a template whose answers begin nowhere, see `penalised`."""
+        chat = super().decoding(chat)
+        return chat if self.repetition_penalty == 1 else penalised(chat, self.repetition_penalty)
+
 
 def asked_for(settings: EvalConfig) -> float | None:
     """The penalty, or None where answers are decoded plainly."""
@@ -53,8 +58,6 @@ def relations(settings: EvalConfig) -> Iterator[str]:
     if settings.gen.thinking is not None:
         yield f"{named} gen.thinking={settings.gen.thinking}: would reach into thoughts; give one"
     yield from decoding_alone(settings, named, "it acts while answers are decoded")
-    if "robustness" in settings.tasks:
-        yield f"{named} tasks=[robustness]: its attacks decode without a penalty; leave one out"
 
 
 @dataclass(frozen=True)
@@ -88,8 +91,7 @@ class Penalised(Change):
         return {} if penalty is None else {"repetition_penalty": penalty}
 
     def chat(self, subject: Any, chat: "ChatFormat") -> "ChatFormat":
-        penalty = asked_for(subject.settings)
-        return chat if penalty is None else penalised(chat, penalty)
+        return subject.settings.gen.decoding(chat)
 
 
 def penalised(chat: "ChatFormat", penalty: float) -> "ChatFormat":

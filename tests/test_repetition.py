@@ -98,7 +98,6 @@ def test_a_template_whose_answers_begin_nowhere_is_refused(
         (("gen.repetition_penalty=0.9",), "gen.repetition_penalty=0.9: give 1 or more"),
         (("gen.self_cd=1",), "repetition_penalty=1.2 gen.self_cd=1.0: two ways to decode"),
         (("gen.thinking=8",), "gen.thinking=8: would reach into thoughts; give one"),
-        (("tasks=[robustness]",), "its attacks decode without a penalty; leave one out"),
         (("tasks=[discernment]",), "it acts while answers are decoded, and discernment"),
         (
             ("endpoint=http://127.0.0.1:9/v1", "endpoint_model=m"),

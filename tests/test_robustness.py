@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import RepetitionPenaltyLogitsProcessor
 
 from dcr import outcomes, results
 from dcr.core import generation, models, prompts, refusal, storage
@@ -76,10 +77,17 @@ def test_a_system_prompt_that_asks_to_comply_stands_before_the_prompt(talk: Chat
     assert told.endswith(talk.text("x"))
 
 
-def by_hand(policy: Policy, talk: ChatFormat, ids: list[int]) -> str:
-    """Greedy tokens, a forward pass each."""
-    said = greedy(lambda said: next_logits(policy.model, ids + said), NEW, talk.stop)
-    return generation.text(talk, said)
+def by_hand(
+    policy: Policy, talk: ChatFormat, ids: list[int], penalty: float = 1.0, asked: int = 0
+) -> str:
+    """Greedy tokens, a forward pass each; those behind the first `asked` are penalised."""
+    theirs: Any = RepetitionPenaltyLogitsProcessor(penalty, prompt_ignore_length=asked)
+
+    def logits(said: list[int]) -> torch.Tensor:
+        read = ids + said
+        return theirs(torch.tensor([read]), next_logits(policy.model, read)[None].clone())[0]
+
+    return generation.text(talk, greedy(logits, NEW, talk.stop))
 
 
 # --- harmless tuning ------------------------------------------------------------------------------
@@ -193,6 +201,23 @@ def test_every_attack_is_answered_counted_kept_and_told(
     assert [row.response for row in again] == [row.response for row in stored["system"]]
     monkeypatch.setattr(tuning, "tuned", failing(AssertionError("tuned again")))
     assert untold(ran()) == untold(found | {"folder": folder})
+
+
+def test_a_penalty_on_repetition_acts_behind_an_attack_too(
+    ran: Any, random: Policy, talk: ChatFormat
+) -> None:
+    """On the tokens of the opening and of the answer, as transformers' own does."""
+    words = "robustness.attacks=[prefill]", "robustness.lengths=[30,60]"
+    folders = [ran(*words, *more)["folder"] for more in ((), ("gen.repetition_penalty=1.5",))]
+    assert folders[0] != folders[1]
+    kept = []
+    for folder in folders:
+        (file,) = folder.glob("robustness/prefill_31_60-*/demo_toxic_heldout.jsonl")
+        kept.append({row.prompt: row.response for row in storage.read_lines(file, Completion)})
+    assert kept[0] != kept[1]
+    for prompt, response in kept[1].items():
+        ids = attacked.prefilled(31, 60, 0, talk)(prompt)
+        assert response == by_hand(random, talk, ids, 1.5, len(talk.prompt_ids(prompt)))
 
 
 def test_the_direction_taken_away_is_that_of_steering(ran: Any) -> None:

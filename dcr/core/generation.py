@@ -113,6 +113,7 @@ def complete(
     Raises DataError for a prompt longer than the model's context, and ConfigError if the model or
     its template does not allow the decoding, when it is called rather than with the first batch.
     """
+    chat = settings.decoding(chat)
     waiting, size = ordered(policy, chat, rows, settings, decoding, encode)
 
     def answered(batch: Sequence[Encoded]) -> list[Completion]:

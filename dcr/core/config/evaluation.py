@@ -5,7 +5,7 @@ Nodes that `train.py` has as well are those of `config`; an extension brings its
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from dcr.core.config import (
     DataConfig,
@@ -17,6 +17,9 @@ from dcr.core.config import (
     Stage,
     WandbConfig,
 )
+
+if TYPE_CHECKING:
+    from dcr.core.prompts import ChatFormat
 
 AUTO_LENGTH = "auto"  # gen.max_new_tokens: until XSTest's keywords have decided
 KEYWORD = "keyword"  # the judge by keywords
@@ -36,6 +39,10 @@ class GenConfig:
     def contrast(self) -> dict[str, float]:
         """The ways to decode of an extension that are asked for, by name, with their weights."""
         return {}
+
+    def decoding(self, chat: "ChatFormat") -> "ChatFormat":
+        """The format of prompts, with an extension's change of the logits of answers."""
+        return chat
 
     @property
     def most(self) -> int:
