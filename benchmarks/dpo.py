@@ -26,7 +26,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from dcr import extensions, resolving
 from dcr.calibration import biases
-from dcr.core import passes, prompts, sources, storage
+from dcr.core import learning, passes, prompts, sources, storage
 from dcr.core.config import ConfigError, Kind, Precision, UserError
 from dcr.core.models import Policy, folders, structure
 from dcr.core.prompts import ChatFormat
@@ -85,7 +85,7 @@ def log_probs(
     read = torch.zeros_like(mask)  # the states that the answers' tokens are read from
     for row, prompt, ids_of in zip(read, asked, whole, strict=True):
         row[len(prompt) - 1 : len(ids_of) - 1] = True
-    hidden = passes.current().states(structure.backbone(policy.model), ids, mask)
+    hidden = learning.current().states(structure.backbone(policy.model), ids, mask)
     log_p = structure.logits(policy.model, hidden[read]).log_softmax(-1)
     each = log_p.gather(1, ids[:, 1:][read[:, :-1]][:, None])[:, 0]
     return torch.stack([part.sum() for part in each.split([len(answer) for answer in answers])])

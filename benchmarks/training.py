@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dcr import cli, extensions, resolving
-from dcr.core import config, data, losses, models, passes, prompts
+from dcr.core import config, data, learning, losses, models, prompts
 from dcr.core.config import Stage, TrainConfig
 from dcr.core.data.module import pair_batch, prompt_batch
 from dcr.core.data.rows import StageRows, micro_batches
@@ -158,7 +158,7 @@ def ours_contrastive(cfg: TrainConfig, steps: int) -> dict[str, float]:
         chosen = row_lists(rows, steps)
         block = config.block_of(cfg.dcr, models.facts(cfg.model).depth)
         module = ContrastiveModule(policy, cfg.dcr, block, total_steps=steps)
-        passes.current().shrink_frozen(policy.model, block, whole=cfg.dcr.nll.weight > 0)
+        learning.current().shrink_frozen(policy.model, block, whole=cfg.dcr.nll.weight > 0)
         optimizer = adamw(policy.model, cfg.dcr.optim.lr, DECAY, lambda _: 1.0)["optimizer"]
 
         def step(index: int) -> tuple[int, float]:

@@ -196,7 +196,7 @@ ending.SCHEMAS |= {"train": TrainSettings, "eval": EvalSettings}
 
 
 def fast_passes() -> "Fast":
-    """Those that take less time on a CPU, see `dcr.core.passes`."""
+    """Those that take less time on a CPU, see `dcr.core.passes` and `learning`."""
     from dcr.fast.passes import Fast  # with torch, which help and a user's error need not wait for
 
     return Fast(tracking.measures)
@@ -204,6 +204,8 @@ def fast_passes() -> "Fast":
 
 def hand_in_passes() -> None:
     """From now on this process computes with them."""
-    from dcr.core import passes
+    from dcr.core import learning, passes
 
-    passes.use(fast_passes())
+    fast = fast_passes()
+    passes.use(fast)
+    learning.use(fast)

@@ -19,7 +19,7 @@ from pydantic import FiniteFloat
 from torch import Tensor
 
 from dcr import inference
-from dcr.core import machine, models, passes, storage
+from dcr.core import learning, machine, models, passes, storage
 from dcr.core.config import EMBEDDED_MODEL, ConfigError, ModelConfig, Precision
 from dcr.core.config.evaluation import EvalConfig
 from dcr.core.evaluation import sets
@@ -133,7 +133,7 @@ def log_p(policy: Policy, answer: str, prompts: Sequence[str]) -> Float[Tensor, 
     rows = [before + prompt for prompt in asked]
     targets = [[IGNORED] * (len(before) - 1) + prompt + [IGNORED] for prompt in asked]
     device = structure.unwrapped(policy.model).device
-    nll = passes.current().nll(
+    nll = learning.current().nll(
         policy.model,
         passes.padded(rows, 0).to(device),
         passes.attention_mask(rows).to(device),

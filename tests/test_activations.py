@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dcr import activations
 from dcr.activations import Site
-from dcr.core import passes
+from dcr.core import learning, passes
 from dcr.core.config import ConfigError, LoraConfig
 from dcr.core.models import structure
 from dcr.steering import edits as editing
@@ -24,7 +24,7 @@ MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
 
 @pytest.mark.parametrize("block", [1, 2, 3])
 def test_capture_is_the_hidden_state_of_its_number(model: Any, block: int) -> None:
-    with passes.captured(model, block) as taken:
+    with learning.captured(model, block) as taken:
         whole = model(input_ids=IDS, attention_mask=MASK, output_hidden_states=True)
     (hidden,) = taken
     if block == 3:  # before the final norm
@@ -39,7 +39,7 @@ def test_pooling_is_a_mean_over_each_rows_span_whatever_stands_outside() -> None
     hidden.requires_grad_()
     spans = [(0, 6), (5, 6), (1, 4), (2, 3)]
     means = [hidden[i, a:b].mean(0) for i, (a, b) in enumerate(spans)]
-    pooled = passes.pooled(hidden, torch.tensor(spans))
+    pooled = learning.pooled(hidden, torch.tensor(spans))
     torch.testing.assert_close(pooled, torch.stack(means))
     (gradient,) = torch.autograd.grad(pooled.sum(), hidden)
     torch.testing.assert_close(gradient[2, :, 0], torch.tensor([0, 1, 1, 1, 0, 0]) / 3)
@@ -47,7 +47,7 @@ def test_pooling_is_a_mean_over_each_rows_span_whatever_stands_outside() -> None
 
 def test_pooling_of_bf16_is_fp32() -> None:
     hidden = torch.full((1, 1000, 1), 1.0, dtype=torch.bfloat16)
-    pooled = passes.pooled(hidden, torch.tensor([[0, 1000]]))
+    pooled = learning.pooled(hidden, torch.tensor([[0, 1000]]))
     assert pooled.dtype is torch.float32
     assert pooled.item() == 1.0  # a sum in bf16 would have stopped at 256
 
@@ -221,7 +221,7 @@ def test_edits_are_undone_also_after_an_exception(family: Any) -> None:
 
     with pytest.raises(RuntimeError, match="inside"), editing.edited(family, edits):
         fail(edited=True)
-    with pytest.raises(RuntimeError, match="inside"), passes.captured(family, 2):
+    with pytest.raises(RuntimeError, match="inside"), learning.captured(family, 2):
         fail(edited=False)
     assert hooks_of(family) == before
     assert torch.equal(family(input_ids=ROW[None]).logits, plain)
@@ -315,11 +315,11 @@ def test_a_block_without_the_part_is_refused_by_name() -> None:
 def test_bf16_is_edited_in_fp32_and_rounded_once(model: Any) -> None:
     low = model.to(torch.bfloat16)
     w, r = vector(1, unit=True), vector(2)
-    with passes.captured(low, 1) as taken:
+    with learning.captured(low, 1) as taken:
         low(input_ids=ROW[None])
     with (
         editing.edited(low, [editing.Edit(Site.block_output, 1, r, w, 0.3)]),
-        passes.captured(low, 1) as edited,
+        learning.captured(low, 1) as edited,
     ):
         low(input_ids=ROW[None])
     x = taken[0].double()

@@ -100,7 +100,7 @@ def child(shape: dict[str, Any], block: int, settings: str, packed: bool) -> Non
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from dcr import cli
-    from dcr.core import machine, models, passes
+    from dcr.core import learning, machine, models
     from dcr.core.config import Adapter, Precision, Stage
     from dcr.core.models import Policy, structure
     from dcr.core.training import LIGHTNING_PRECISION
@@ -110,7 +110,7 @@ def child(shape: dict[str, Any], block: int, settings: str, packed: bool) -> Non
     from dcr.fast.passes import Fast
     from dcr.plan import cost
 
-    passes.use(Fast())
+    learning.use(Fast())
     if not packed:  # as on a GPU
         mock.patch.object(packing, "packs", return_value=packing.Packing.padded).start()
     torch.set_num_threads(1)
@@ -129,7 +129,7 @@ def child(shape: dict[str, Any], block: int, settings: str, packed: bool) -> Non
             model = structure.add_lora(model, node.lora, 0, blocks=block)
         policy = Policy(model, models.byte_tokenizer(), "random")
         module = ContrastiveModule(policy, node, block, 3)
-        passes.current().shrink_frozen(model, block, whole=module.anchored, settings=made)
+        learning.current().shrink_frozen(model, block, whole=module.anchored, settings=made)
         fit(module, batches, precision=LIGHTNING_PRECISION[node.precision])
 
     heads = shape["num_attention_heads"]

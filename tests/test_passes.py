@@ -15,11 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dcr import extensions, train
 from dcr.analyses import probability
-from dcr.core import generation, passes, refusal
+from dcr.core import generation, learning, passes, refusal
 from dcr.core.config import Kind
 from dcr.core.config.evaluation import GenConfig
 from dcr.core.models import Policy, structure
-from dcr.core.passes import Plain
 from dcr.core.prompts import IGNORED, ChatFormat
 from dcr.core.runs import Run
 from dcr.core.sources import Example
@@ -33,18 +32,19 @@ Found = TypeVar("Found")
 
 
 @contextmanager
-def using(given: Any) -> Iterator[None]:
+def using(read: Any, learnt: Any) -> Iterator[None]:
     """These passes in place of those of the session."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(passes, "_used", [given])
+        patch.setattr(passes, "_used", [read])
+        patch.setattr(learning, "_used", [learnt])
         yield
 
 
 def both(work: Callable[[], Found]) -> tuple[Found, Found]:
     """The result with plain passes, and with fast ones."""
-    with using(Plain()):
+    with using(passes.Plain(), learning.Plain()):
         plain = work()
-    with using(Fast()):
+    with using(Fast(), Fast()):
         return plain, work()
 
 
@@ -91,7 +91,7 @@ def test_the_nll_of_each_token_and_its_gradient_are_the_same(
     weight = structure.decoder_blocks(model)[0].get_submodule("mlp.up_proj").weight
 
     def found() -> list[Tensor]:
-        got = passes.current().nll(model, ids, mask, targets, block=1)
+        got = learning.current().nll(model, ids, mask, targets, block=1)
         assert got.states is not None
         gradient = torch.autograd.grad(got.total + got.states[mask].sum(), [weight])  # pyright: ignore
         return [got.total, got.each, got.states[mask], *gradient]
@@ -154,13 +154,13 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("given", [Plain(), Fast()], ids=["plain", "fast"])
+@pytest.mark.parametrize("given", [passes.Plain(), Fast()], ids=["plain", "fast"])
 def test_the_head_reads_states_in_one_block_of_memory(
     policy: Policy, chat: ChatFormat, given: Any
 ) -> None:
     """Else torch copies a frozen head in bf16 for each prompt: 4 GB for 85 of the default model."""
     encoded = [chat.prompt_ids(prompt) for prompt in PROMPTS]
-    with using(given), Products() as products:
+    with using(given, learning.current()), Products() as products:
         for _ in refusal.first_logits(policy.model, encoded):
             pass
     weight = structure.head(policy.model).weight
@@ -181,6 +181,7 @@ def test_nothing_but_the_table_imports_the_fast_passes() -> None:
 
 
 def test_an_entry_point_hands_in_the_fast_ones() -> None:
-    with using(Plain()):
+    with using(passes.Plain(), learning.Plain()):
         extensions.hand_in_passes()
         assert isinstance(passes.current(), Fast)
+        assert isinstance(learning.current(), Fast)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from dcr import cli, dequantising, export, plan, resolving, train
 from dcr import eval as evaluation
-from dcr.core import continuing, machine, models, passes
+from dcr.core import continuing, learning, machine, models
 from dcr.core.config import (
     ConfigError,
     LoraConfig,
@@ -115,7 +115,7 @@ def test_passes_and_gradients_are_those_of_plain_layers(
     fast: bool, chat: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Through packed and fused passes as well, which leave layers in four bits alone."""
-    monkeypatch.setattr(passes, "_used", [Fast() if fast else passes.Plain()])
+    monkeypatch.setattr(learning, "_used", [Fast() if fast else learning.Plain()])
     gradients = []
     for plain in (False, True):
         made = narrowed()

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from dcr import inference
 from dcr.analyses import ntk
 from dcr.analyses.ntk import Batch, batches, last_logits, still
-from dcr.core import machine, passes, statistics, storage
+from dcr.core import learning as passes
+from dcr.core import machine, statistics, storage
 from dcr.core.config import ConfigError, Kind
 from dcr.core.models import Policy, structure
 from dcr.core.prompts import ChatFormat

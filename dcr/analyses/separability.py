@@ -25,8 +25,8 @@ from dcr.core import machine, statistics
 from dcr.core.config import Pooling
 from dcr.core.data.rows import SEEMINGLY_TOXIC, TOXIC, prompt_rows
 from dcr.core.losses import kmeans_accuracy
+from dcr.core.machine import attention_mask, padded
 from dcr.core.models import Policy, structure
-from dcr.core.passes import attention_mask, padded
 from dcr.core.prompts import ChatFormat, PromptRow
 from dcr.core.sources import Example
 from dcr.core.statistics import Interval

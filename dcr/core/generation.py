@@ -25,9 +25,9 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from dcr.core import machine, passes, storage, thoughts
 from dcr.core.config import ConfigError, DataError
 from dcr.core.config.evaluation import GenConfig
+from dcr.core.machine import padded
 from dcr.core.models import Policy, structure
 from dcr.core.models.structure import unwrapped
-from dcr.core.passes import padded
 from dcr.core.prompts import ChatFormat, special_tokens
 from dcr.core.sources import Example
 

@@ -25,9 +25,16 @@ import resource
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from jaxtyping import Bool, Int
 
 from dcr.core.config import ConfigError, Precision, Stage, TrainConfig, stages_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+else:
+    Tensor = Any
 
 log = logging.getLogger(__name__)
 
@@ -375,6 +382,24 @@ def by_tokens(sequences: Sequence[Sized], tokens: int, even: bool = False) -> li
         else:
             groups.append([place])
     return groups
+
+
+def padded(
+    sequences: Sequence[Sequence[int]], value: int, left: bool = False
+) -> Int[Tensor, "batch length"]:
+    """Sequences as one tensor, filled up with `value` on the right (or left)."""
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    rows = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
+    return pad_sequence(rows, True, value, padding_side="left" if left else "right")
+
+
+def attention_mask(
+    sequences: Sequence[Sequence[int]], left: bool = False
+) -> Bool[Tensor, "batch length"]:
+    """True for a token, False for padding; not derived from ids, as a pad id can be a token."""
+    return padded([[1] * len(s) for s in sequences], 0, left).bool()
 
 
 def halving(

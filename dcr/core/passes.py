@@ -1,29 +1,27 @@
-"""Passes of batches through a model: training, decoding and measurement all ask `current()`.
+"""Passes that read prompts and decode answers: all that measures a model asks `current()`.
 
 `Plain` is transformers' own way: a padded batch, a cache that grows token by token. An entry point
 may hand in other `Passes` (`use`) that give the same up to rounding and take less time, as
-`dcr.fast` does on a CPU.
+`dcr.fast` does on a CPU. Those of training are in `learning`.
 """
 
 import inspect
 import sys
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
-import torch
-from jaxtyping import Bool, Float, Int, Shaped
-from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
 from transformers import DynamicCache
 
-from dcr.core import losses, machine
-from dcr.core.config import ConfigError, TrainConfig
+from dcr.core import machine
+from dcr.core.config import ConfigError
+from dcr.core.machine import attention_mask, padded
 from dcr.core.models import structure
 from dcr.core.models.structure import unwrapped
-from dcr.core.prompts import IGNORED
 
 MASKABLE = {"sdpa", "eager"}  # attention that adds any mask
 WINDOWED = {"sliding_attention", "chunked_attention"}
@@ -31,21 +29,6 @@ WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
 CACHES = ("past_key_values", "cache_params")
 # by one of these functions a model's code keeps padding out of its states
 MASKING = {"apply_mask_to_padding_states", "create_recurrent_attention_mask"}
-
-
-def padded(
-    sequences: Sequence[Sequence[int]], value: int, left: bool = False
-) -> Int[Tensor, "batch length"]:
-    """Sequences as one tensor, filled up with `value` on the right (or left)."""
-    rows = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
-    return pad_sequence(rows, True, value, padding_side="left" if left else "right")
-
-
-def attention_mask(
-    sequences: Sequence[Sequence[int]], left: bool = False
-) -> Bool[Tensor, "batch length"]:
-    """True for a token, False for padding; not derived from ids, as a pad id can be a token."""
-    return padded([[1] * len(s) for s in sequences], 0, left).bool()
 
 
 def positions(
@@ -61,20 +44,6 @@ def placed(module: Any, places: Int[Tensor, "batch length"]) -> dict[str, Tensor
     return {"position_ids": places} if takes else {}
 
 
-class Labelled(NamedTuple):
-    """The next-token NLL of a batch in nats, and the output of one block.
-
-    Attributes:
-        total: the sum over the tokens with a target, differentiable.
-        each: the NLL of each of them, row by row, detached.
-        states: the output of the block asked for, [batch, length, width].
-    """
-
-    total: Float[Tensor, ""]
-    each: Float[Tensor, "tokens"]
-    states: Float[Tensor, "batch length width"] | None
-
-
 @dataclass(frozen=True)
 class Prefilled:
     """The cache of prompts that the model has read, and the logits at their last positions.
@@ -87,55 +56,9 @@ class Prefilled:
     logits: Float[Tensor, "batch 1 vocabulary"]
 
 
-Rest = Callable[[], Float[Tensor, "batch length width"]]
-
-
 @runtime_checkable
 class Passes(Protocol):
-    """The ways of batches through a model. Batches for training are padded on the right."""
-
-    def states(
-        self,
-        part: nn.Module,
-        ids: Int[Tensor, "batch length"],
-        mask: Bool[Tensor, "batch length"],
-    ) -> Float[Tensor, "batch length width"]:
-        """The last hidden states of a backbone or trunk; padding has no meaningful ones."""
-        ...
-
-    def nll(
-        self,
-        model: Any,
-        ids: Int[Tensor, "batch length"],
-        mask: Bool[Tensor, "batch length"],
-        targets: Int[Tensor, "batch length"],
-        block: int | None = None,
-    ) -> Labelled:
-        """The NLL of the targets that are not IGNORED, and the states behind a block (from 1)."""
-        ...
-
-    def halved(
-        self,
-        model: Any,
-        count: int,
-        ids: Int[Tensor, "batch length"],
-        mask: Bool[Tensor, "batch length"],
-    ) -> tuple[Float[Tensor, "batch length width"], Rest]:
-        """The final-normed states, without gradient, and a function for the last `count` blocks.
-
-        The function gives their states before the final norm, by the weights at its call.
-        """
-        ...
-
-    def shrink_frozen(
-        self, model: Any, block: int, whole: bool, settings: TrainConfig | None = None
-    ) -> bool:
-        """Holds the weights that are frozen beyond `block` in less memory, only for training.
-
-        It does so where `settings` allow it, if they are given, and says whether it has: the
-        weights are then no result. Passes go through the `whole` model, or to the block.
-        """
-        ...
+    """The ways of prompts through a model."""
 
     def batches(self, model: Any, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
         """Groups of places of prompts, so that a pass computes at most so many tokens."""
@@ -161,32 +84,6 @@ class Passes(Protocol):
 class Plain:
     """Padded batches, as transformers takes them."""
 
-    def states(self, part: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
-        return part(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-
-    def nll(
-        self, model: Any, ids: Tensor, mask: Tensor, targets: Tensor, block: int | None = None
-    ) -> Labelled:
-        with captured(model, block) if block else nullcontext([None]) as outputs:
-            hidden = self.states(structure.backbone(model), ids, mask)
-        counted = targets != IGNORED
-        nll = losses.token_nll(
-            hidden[counted], targets=targets[counted], **structure.head_arguments(model)
-        )
-        return Labelled(*nll, outputs[0])
-
-    def halved(
-        self, model: Any, count: int, ids: Tensor, mask: Tensor
-    ) -> tuple[Tensor, Callable[[], Tensor]]:
-        with recorded_calls(model, count) as calls, torch.no_grad():
-            states = self.states(structure.backbone(model), ids, mask)
-        return states, partial(repeated_calls, model, calls)
-
-    def shrink_frozen(
-        self, model: Any, block: int, whole: bool, settings: TrainConfig | None = None
-    ) -> bool:
-        return False
-
     def batches(self, model: Any, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
         return machine.by_tokens(prompts, tokens, even=recurrent(model))
 
@@ -206,46 +103,13 @@ _used: list[Passes] = [Plain()]
 
 
 def current() -> Passes:
-    """The passes that this process uses: plain ones, unless `use` has set others."""
+    """The passes that this process reads with: plain ones, unless `use` has set others."""
     return _used[0]
 
 
 def use(passes: Passes) -> None:
     """Sets the passes of this process, and of those that it forks."""
     _used[0] = passes
-
-
-# --- hidden states -------------------------------------------------------------------------------
-
-
-@contextmanager
-def captured(model: Any, block: int) -> Iterator[list[Tensor]]:
-    """Gives a list to which every forward pass appends the output of `block` (from 1) while open.
-
-    The outputs, [batch, length, width], stay in the autograd graph. They are before the final norm,
-    also behind the last block. The hook goes at the end, also after an exception.
-    """
-    outputs: list[Tensor] = []
-
-    def take(_module: Any, _inputs: Any, output: Any) -> None:
-        outputs.append(output[0] if isinstance(output, tuple) else output)
-
-    handle = structure.decoder_blocks(model)[block - 1].register_forward_hook(take)
-    try:
-        yield outputs
-    finally:
-        handle.remove()
-
-
-def pooled(
-    hidden: Float[Tensor, "batch length width"], spans: Int[Tensor, "batch 2"]
-) -> Float[Tensor, "batch width"]:
-    """Mean over the positions `spans[i, 0]` up to but without `spans[i, 1]`, in fp32."""
-    places = torch.arange(hidden.shape[1], device=hidden.device)
-    inside: Bool[Tensor, "batch length"] = (places >= spans[:, :1]) & (places < spans[:, 1:])
-    # where, not multiplication: a padded position may hold NaN and 0 * NaN is NaN
-    kept = torch.where(inside[:, :, None], hidden.float(), 0.0)
-    return kept.sum(1) / inside.sum(1, keepdim=True)
 
 
 def per_row(model: Any) -> bool:
@@ -268,39 +132,6 @@ def _by_row(model: Any) -> list[Any]:
 
 
 # --- parts of a pass, for implementations of `Passes` ---------------------------------------------
-
-
-Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
-
-
-@contextmanager
-def recorded_calls(model: Any, count: int) -> Iterator[Calls]:
-    """Records the arguments of each of the last `count` blocks, in their order, while open.
-
-    Only the first call keeps its hidden states, since each later block takes the previous output.
-    """
-    calls: Calls = []
-
-    def record(_block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        further = dict(kwargs)
-        hidden = args[0] if args else further.pop("hidden_states")
-        calls.append((args[1:] if calls else (hidden, *args[1:]), further))
-
-    with ExitStack() as stack:
-        for block in structure.decoder_blocks(model)[-count:]:
-            stack.callback(block.register_forward_pre_hook(record, with_kwargs=True).remove)
-        yield calls
-
-
-def repeated_calls(model: Any, calls: Calls) -> Float[Tensor, "..."]:
-    """The output of the last blocks, called again with recorded arguments and present weights."""
-    hidden: Any = ()
-    for block, (args, kwargs) in zip(
-        structure.decoder_blocks(model)[-len(calls) :], calls, strict=True
-    ):
-        output = block(*hidden, *args, **kwargs)
-        hidden = (output[0] if isinstance(output, tuple) else output,)
-    return hidden[0]
 
 
 def empty_cache(model: Any) -> DynamicCache | None:

@@ -1,7 +1,7 @@
-"""Fast passes for a CPU: the results of `dcr.core.passes`, up to rounding, in less time.
+"""Fast passes for a CPU: the results of the core's, up to rounding, in less time.
 
-The entry points hand `passes.Fast` to the core (`dcr.extensions`); without it the core computes
-padded batches, as transformers does.
+The entry points hand `Fast` to `dcr.core.passes` and `learning` (`dcr.extensions`); without it the
+core computes padded batches, as transformers does.
 
 `packing` lays the rows of a batch one behind another, without padding, and computes their common
 prefix once. `fusing` computes LoRA layers, RMS norms and SwiGLU in one step each, and lays weights

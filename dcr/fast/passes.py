@@ -11,11 +11,13 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from dcr.core import machine, passes
+from dcr.core import learning, machine, passes
 from dcr.core.config import TrainConfig
+from dcr.core.learning import Labelled
+from dcr.core.machine import attention_mask, padded
 from dcr.core.models import structure
 from dcr.core.models.structure import unwrapped
-from dcr.core.passes import Labelled, Prefilled, attention_mask, padded
+from dcr.core.passes import Prefilled
 from dcr.core.prompts import IGNORED
 from dcr.fast import cache, frozen, fusing, packing
 from dcr.fast.frozen import token_nll
@@ -29,7 +31,7 @@ _packs: "WeakKeyDictionary[nn.Module, dict[torch.device, Packing]]" = WeakKeyDic
 
 
 class Fast:
-    """The fast implementation of `dcr.core.passes.Passes`.
+    """The fast implementation of `passes.Passes` and `learning.Learning`.
 
     `measured` says of settings whether something is measured on the model while stage one trains,
     for which its frozen weights stay as they are.
@@ -47,7 +49,7 @@ class Fast:
     ) -> Labelled:
         backbone = structure.backbone(model)
         layout = laid_out(backbone, ids, mask)
-        with passes.captured(model, block) if block else nullcontext() as captured:
+        with learning.captured(model, block) if block else nullcontext() as captured:
             hidden = layout.padded(packing.run(backbone, layout))
         states = layout.padded(captured[0]) if captured else None
         return Labelled(*nll_with_prefix(model, hidden, targets, layout.prefix), states)
@@ -57,12 +59,12 @@ class Fast:
     ) -> tuple[Tensor, Callable[[], Tensor]]:
         backbone = structure.backbone(model)
         layout = laid_out(backbone, ids, mask)
-        with passes.recorded_calls(model, count) as calls, torch.no_grad():
+        with learning.recorded_calls(model, count) as calls, torch.no_grad():
             states = layout.padded(packing.run(backbone, layout))
 
         def rest() -> Tensor:
             with packing.running(backbone, layout):
-                return layout.padded(passes.repeated_calls(model, calls))
+                return layout.padded(learning.repeated_calls(model, calls))
 
         return states, rest
 
@@ -109,7 +111,7 @@ def nll_with_prefix(
 ) -> tuple[Tensor, Tensor]:
     """The NLL of the tokens with a target in rows whose first `prefix` states are the same.
 
-    It is the sum and each, as in `passes.Labelled`. That of common targets is computed for the
+    It is the sum and each, as in `learning.Labelled`. That of common targets is computed for the
     first row and multiplied by the rows.
     """
     rows = len(targets)

@@ -11,9 +11,9 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 from dcr.core import machine, models, prompts, storage
 from dcr.core.config import ConfigError, DataError, ModelConfig, Precision
+from dcr.core.machine import attention_mask, padded
 from dcr.core.models import folders, structure
 from dcr.core.models.structure import DTYPES
-from dcr.core.passes import attention_mask, padded
 from dcr.core.prompts import ChatFormat
 from dcr.gating import RECORD, Record
 

@@ -17,12 +17,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from dcr.core import passes, refusal, runs, statistics, storage, training
+from dcr.core import learning, refusal, runs, statistics, storage, training
 from dcr.core.config import ConfigError, Precision, ReadoutConfig, Schedule, Stage
 from dcr.core.data.module import Batch, Feed, SafetyData
 from dcr.core.data.rows import NO_CLASS, SEEMINGLY_TOXIC, TOXIC
+from dcr.core.machine import attention_mask, padded
 from dcr.core.models import Policy, folders, structure
-from dcr.core.passes import attention_mask, padded
 from dcr.core.training import Job, callbacks
 from dcr.core.training.resuming import ResumableModule, adamw, rate_factor
 from dcr.readout import WARMUP
@@ -116,7 +116,7 @@ class HalfPass:
         before: the final-normed states there, by the weights of that time.
     """
 
-    rest: passes.Rest
+    rest: learning.Rest
     read: Bool[Tensor, "batch length"]
     before: Float[Tensor, "places width"]
 
@@ -132,7 +132,7 @@ def half_pass(
 
     Raises ConfigError where that does not give what the model itself computes.
     """
-    states, rest = passes.current().halved(model, count, ids, mask)
+    states, rest = learning.current().halved(model, count, ids, mask)
     found = HalfPass(rest, read, states[read])
     with torch.no_grad():
         error = (final_states(model, found) - found.before).abs().max()

@@ -16,8 +16,8 @@ from dcr import activations
 from dcr.activations import Site
 from dcr.core import storage
 from dcr.core.config import ConfigError, DataError
+from dcr.core.machine import attention_mask, padded
 from dcr.core.models import Policy
-from dcr.core.passes import attention_mask, padded
 from dcr.core.prompts import ChatFormat
 from dcr.core.sources import Example
 

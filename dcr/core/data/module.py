@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from dcr.core.config import Stage, TrainConfig
 from dcr.core.data import Splits
 from dcr.core.data.rows import StageRows
-from dcr.core.passes import attention_mask, padded
+from dcr.core.machine import attention_mask, padded
 from dcr.core.prompts import IGNORED, ChatFormat, PairRow, PromptRow
 
 Moved = TypeVar("Moved", bound="Batch")

@@ -18,7 +18,7 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
 
-from dcr.core import continuing, extending, models, passes, prompts, runs
+from dcr.core import continuing, extending, learning, models, prompts, runs
 from dcr.core.config import (
     FSDP,
     Adapter,
@@ -119,7 +119,7 @@ def train_contrastive(job: Job) -> None:
     batches = batches_of(job, Stage.contrastive, policy, chat)
     total = batches.steps_per_epoch * settings.dcr.epochs
     module = ContrastiveModule(policy, settings.dcr, job.block, total)
-    light = passes.current().shrink_frozen(
+    light = learning.current().shrink_frozen(
         policy.model, job.block, whole=module.anchored, settings=settings
     )
     trainer = fit(job, Stage.contrastive, module, policy, chat, batches, total)

@@ -9,7 +9,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from dcr.core import losses, passes
+from dcr.core import learning, losses
 from dcr.core.config import Adapter, ContrastiveConfig
 from dcr.core.data.module import PairBatch, PromptBatch
 from dcr.core.data.rows import NO_CLASS
@@ -154,12 +154,12 @@ class ContrastiveModule(ResumableModule):
             return features, self.mean_nll(batch.general)[0]
         nll, states = self.mean_nll(batch, self.block)
         assert states is not None
-        return passes.pooled(states, batch.spans), nll
+        return learning.pooled(states, batch.spans), nll
 
     def features(self, batch: PromptBatch) -> Tensor:
         (trunk,) = self._trunk
-        states = passes.current().states(trunk, batch.ids, batch.mask)
-        return passes.pooled(states, batch.spans)
+        states = learning.current().states(trunk, batch.ids, batch.mask)
+        return learning.pooled(states, batch.spans)
 
     def mean_nll(
         self, batch: PromptBatch | PairBatch, block: int | None = None
@@ -169,7 +169,7 @@ class ContrastiveModule(ResumableModule):
         Each of several ranks has its part of the mean over the tokens of all. The paper names no
         reduction; transformers takes the token mean.
         """
-        found = passes.current().nll(self.model, batch.ids, batch.mask, batch.targets, block)
+        found = learning.current().nll(self.model, batch.ids, batch.mask, batch.targets, block)
         return found.total / summed_over_ranks((batch.targets != IGNORED).sum()), found.states
 
     def circle(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

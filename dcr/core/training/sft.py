@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dcr.core import passes
+from dcr.core import learning
 from dcr.core.config import SFTConfig
 from dcr.core.data.module import PairBatch
 from dcr.core.models import Policy
@@ -57,7 +57,7 @@ class SFTModule(ResumableModule):
 
     def nll(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
         """The NLL of the tokens that have a target: its sum, and each."""
-        found = passes.current().nll(self.model, batch.ids, batch.mask, batch.targets)
+        found = learning.current().nll(self.model, batch.ids, batch.mask, batch.targets)
         return found.total, found.each
 
     def weight(self, batch: list[PairBatch]) -> Tensor:
