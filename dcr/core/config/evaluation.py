@@ -5,7 +5,7 @@ Nodes that `train.py` has as well are those of `config`; an extension brings its
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from dcr.core.config import (
     DataConfig,
@@ -17,9 +17,6 @@ from dcr.core.config import (
     Stage,
     WandbConfig,
 )
-
-if TYPE_CHECKING:
-    from dcr.core.prompts import ChatFormat
 
 AUTO_LENGTH = "auto"  # gen.max_new_tokens: until XSTest's keywords have decided
 KEYWORD = "keyword"  # the judge by keywords
@@ -40,8 +37,8 @@ class GenConfig:
         """The ways to decode of an extension that are asked for, by name, with their weights."""
         return {}
 
-    def decoding(self, chat: "ChatFormat") -> "ChatFormat":
-        """The format of prompts, with an extension's change of the logits of answers."""
+    def decoding(self, chat: Any) -> Any:
+        """The `ChatFormat` of prompts, with an extension's change of the logits of answers."""
         return chat
 
     @property
