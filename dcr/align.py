@@ -46,10 +46,10 @@ BLOCK = {"dcr.layer", "dcr.depth", "model.layer"}  # settings that name stage on
 class Options:
     """python -m dcr.align model.name=<folder or hub id> [any setting of train.py or eval.py]
 
-    Measures the base model, chooses block and sources of stage one on it, trains STL and DCR until
-    held-out toxic prompts are refused, evaluates all at STL's safety, and writes one page and an
-    export with its card. What you set stays: of block and sources, only those that you leave out
-    are chosen. The same command goes on after a fault or a kill.
+    Measures the base model, trains STL until held-out toxic prompts are refused, chooses block and
+    sources of stage one, trains DCR, evaluates all at STL's safety, and writes one page and an
+    export with its card. Of block and sources, only those that you leave out are chosen. The same
+    command continues after a fault or a kill.
     """
 
     out: Path = entry.option("where run folders, page and export lie", Path("outputs/align"))

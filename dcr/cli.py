@@ -164,7 +164,7 @@ def leave_numbers_of_another_model(config: DictConfig, keep: Collection[str] = (
     """Put defaults in `config.model` where a file set them for another model than the one named.
 
     A local folder of the same architecture keeps them all: it is a copy, or trained from one. What
-    is left behind is logged in one line. `keep` names the fields that the user set for this model.
+    does not apply is logged in one line. `keep` names the fields that the user set for this model.
     Changes `config`; once is enough.
     """
     model = config.model
@@ -189,7 +189,7 @@ def leave_numbers_of_another_model(config: DictConfig, keep: Collection[str] = (
     ]
     if left:
         log.warning(
-            "model.name=%s: %s, so what was set for %s is left behind: %s (model.<key>= sets one)",
+            "model.name=%s: %s, so what was set for %s does not apply: %s (model.<key>= sets one)",
             name,
             unlike,
             model.numbers_for,
@@ -254,7 +254,9 @@ def job(function: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
         finally:
             forget_empty(output_folder())
         spent = time.perf_counter() - began
-        OUTCOMES.append(Outcome(overrides, output_folder(), spent, error))
+        # eval.py writes into the run that it evaluates
+        folder = Path(composed.run or composed.get("output") or output_folder())
+        OUTCOMES.append(Outcome(overrides, folder, spent, error))
 
     return noted
 

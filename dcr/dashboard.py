@@ -77,7 +77,7 @@ def main(options: Options) -> None:
         for name, view in views.items()
     }
     storage.write_json(file, {"project": options.project} | written)
-    print(f"{file}: the specification; apply it by `wandb login` and this command without out=")
+    print(f"{file}: the specification; to apply it, log in (`wandb login`) and leave out= out")
 
 
 def _save(options: Options, made_with: Mapping[str, str]) -> tuple[str, str]:

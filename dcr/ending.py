@@ -122,7 +122,8 @@ class SafeRecord(logging.LogRecord):
 class SafeOutput:
     """Standard output without secrets and control codes, whatever the source of the text.
 
-    Answers of a model, a database and others' folders are foreign text as well.
+    Answers of a model, a database and others' folders are foreign text as well. If nobody reads on,
+    as behind `| head`, the command ends without a word, as other programs do.
     """
 
     def __init__(self, inner: Any) -> None:
@@ -132,8 +133,22 @@ class SafeOutput:
         return getattr(self.inner, name)
 
     def write(self, text: str) -> int:
-        self.inner.write(printable(redact(text)))
+        with self._read():
+            self.inner.write(printable(redact(text)))
         return len(text)
+
+    def flush(self) -> None:
+        with self._read():
+            self.inner.flush()
+
+    @contextmanager
+    def _read(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            # Python flushes once more at its end, and would complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.inner.fileno())
+            raise SystemExit(SIGNALLED + signal.SIGPIPE) from None
 
 
 def own_output() -> Any:
@@ -147,6 +162,7 @@ def safe_output() -> Iterator[None]:
     with redirect_stdout(SafeOutput(sys.stdout)):  # pyright: ignore[reportArgumentType]
         sys.excepthook = lambda _, error, __: print_traceback(error)
         yield
+        sys.stdout.flush()
 
 
 def print_traceback(error: BaseException) -> None:

@@ -77,7 +77,8 @@ def command(
         @functools.wraps(main)
         def call(arguments: Sequence[str]) -> int:
             if {"-h", "--help"} & set(arguments):
-                print(help_of(schema))
+                with safe_output():
+                    print(help_of(schema))
                 return 0
             logging.basicConfig(format=LOG_LINE)
             quieten()

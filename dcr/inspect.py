@@ -38,7 +38,7 @@ class Options:
     folders: list[Path] = entry.option(
         "folders of train.py or eval.py that hold an evaluation", [], rest=True
     )
-    out: Path | None = entry.option("of the logs; none: inspect/ in each run folder", None)
+    out: Path | None = entry.option("where the logs lie; none: inspect/ in each run folder", None)
 
 
 @entry.command(Options)

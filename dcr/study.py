@@ -79,7 +79,7 @@ class Options:
 
     Trains every job of a named study, evaluates each and the base model, and writes one page. A
     setting with several values, such as sft.lr=1e-4,5e-4, is one more dimension. The same command
-    goes on after a fault or a kill.
+    continues after a fault or a kill.
     """
 
     study: str = entry.option("its name", choices=tuple(STUDIES))

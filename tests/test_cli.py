@@ -140,6 +140,22 @@ def test_a_sweep_goes_on_after_a_bad_job_and_sums_up(command: Command, tmp_path:
     )
     assert "Traceback" not in ended.err
     assert "Error executing job" not in ended.err
+    run = os.path.relpath(folders[0])
+    scored = command("eval.py", "-m", f"run={run}", "limit=-1,-2").err
+    assert len(re.findall(rf"failed *│ {run}", scored)) == 2, "where an evaluation's files lie"
+
+
+def test_a_reader_that_stops_reading_ends_a_command_without_a_word(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as unread:
+        monkeypatch.setattr(sys, "stdout", unread)
+        with pytest.raises(SystemExit) as ended, ending.safe_output():
+            print("more than was asked for")
+    assert ended.value.code == 128 + signal.SIGPIPE
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

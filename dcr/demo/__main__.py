@@ -36,7 +36,7 @@ class Options:
     """python -m dcr.demo [precision=fp32] [any setting of train.py or eval.py]
 
     Trains STL and DCR on the embedded model and corpus, evaluates both and the model before
-    training, and writes a table and a page. An interrupted demo goes on where it was.
+    training, and writes a table and a page. The same command continues an interrupted demo.
     """
 
     out: Path = entry.option("where run folders and page lie", Path("outputs/demo"))

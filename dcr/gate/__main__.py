@@ -15,7 +15,7 @@ class Options:
 
     Trains a gate: the model as a classifier that tells toxic from seemingly toxic prompts, on the
     pairs of sft.readout. eval.py, dcr.export and dcr.chat put it in front of a model with
-    gate=<folder>. The same command goes on after a kill.
+    gate=<folder>. The same command continues after a kill.
     """
 
     out: Path = entry.option("a new folder for the gate", Path("outputs/gate"))

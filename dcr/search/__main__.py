@@ -29,7 +29,8 @@ class Options:
     Searches layer, margin, scale, epochs, ratio, NLL weight and learning rate of stage one, and
     every setting that is given as a space: dcr.margin=0.1..0.4, dcr.optim.lr=1e-5..1e-3:log,
     dcr.scale=8,16,32; a setting with one value is fixed. Trials are measured on validation prompts
-    of another origin than the training rows. The same command goes on after a fault or a kill.
+    of another origin than the training rows. The same command continues after a fault or a
+    kill.
     """
 
     trials: int = entry.option("trials of all workers together", 20, least=1)

@@ -227,8 +227,8 @@ def check_answered(asked: Sequence[PromptSet], given: Mapping[str, Sequence[OfPr
     missing, total = (sum(counts[i] for counts in lacking.values()) for i in (0, 1))
     if total and missing == total:
         raise Unanswered(
-            f"none of {total} prompts was answered, so there is nothing to count; see to the "
-            "reason above, and give the same command again"
+            f"none of {total} prompts was answered, so there is nothing to count; the log "
+            "above says why: mend that and give the same command again"
         )
     for name, (without, of) in lacking.items():
         if without:
