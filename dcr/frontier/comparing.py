@@ -237,33 +237,26 @@ def _comparison(name: str, plan: Plan, pooled: dict[tuple[str, int], Any]) -> Co
 
 
 def tables(record: dict[str, Any]) -> list[Any]:
-    """The record as a table of arms and seeds, and one of differences."""
+    """The record as tables: arms and seeds, the same by set, and differences of arms."""
     safety = record["safety"]
     sets = sorted(record["rows"][0]["by_set"])
-    heads = [
-        "arm",
-        "seed",
-        "AUROC",
-        f"answered at {safety:g}",
-        "most refused",
-        *sets,
-        "bias",
-        "refused",
-        "answered",
-    ]
+    heads = ["arm", "seed", "AUROC", f"answered at {safety:g}", "most refused", "bias", "refused"]
     table = entry.table(
-        f"Generated answers by {record['verdict']}, every set weighing the same", heads, 1
+        f"Generated answers by {record['verdict']}, every set weighing the same",
+        [*heads, "answered"],
     )
+    words = [name.replace("_", " ") for name in sets]  # which wrap where a name cannot
+    by_set = entry.table(f"Answered at {safety:g}, by set", ["arm", "seed", *words])
     for row in record["rows"]:
+        of = row["arm"], str(row["seed"])
         calibrated = row["calibrated"] or (math.nan,) * 2
         table.add_row(
-            row["arm"],
-            str(row["seed"]),
+            *of,
             *(_told(row[key]) for key in ("auroc", "answered", "most")),
-            *(_told(row["by_set"][name]) for name in sets),
             _told(math.nan if row["bias"] is None else row["bias"]),
             *map(_told, calibrated),
         )
+        by_set.add_row(*of, *(_told(row["by_set"][name]) for name in sets))
     heads = ["difference", "by seed", "mean, over seeds", "over prompts", "p"]
     differences = entry.table(
         f"Answered at {safety:g}: differences of arms, same prompts", heads, 2
@@ -276,7 +269,7 @@ def tables(record: dict[str, Any]) -> list[Any]:
             _shown(Interval(**each["over_prompts"])),
             f"{each['p_holm']:.3g}",
         )
-    return [table, differences]
+    return [table, by_set, differences]
 
 
 def _shown(of: Interval) -> str:
