@@ -110,8 +110,8 @@ class Options:
         choices=("auto", "bf16", "fp32"),
     )
     calibrate: str | None = entry.option(
-        "a share of toxic prompts to refuse, or a run to be as safe as: a bias on the first token "
-        "of refusals in the generation config",
+        "the share of toxic prompts to refuse, or a run whose share is to be reached, by a bias on "
+        "the first token of refusals in the generation config",
         None,
     )
     gate: Path | None = entry.option(

@@ -28,8 +28,8 @@ class Options:
 
     model: Path = entry.option("a model's or an adapter's folder, with its tokenizer")
     calibrate: str = entry.option(
-        "a share of toxic prompts to refuse, or a run to be as safe as, or a calibrated export "
-        "whose bias is taken"
+        "the share of toxic prompts to refuse, or a run whose share is to be reached, or a "
+        "calibrated export whose bias is taken"
     )
     toxic: list[str] = entry.option("toxic validation prompts; none: held-out contrasts", [])
     seemingly_toxic: list[str] = entry.option("seemingly toxic ones; none: likewise", [])

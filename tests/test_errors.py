@@ -76,7 +76,7 @@ TRAIN = {
 }
 
 WHOLE = {
-    "eval.py model=tiny data=final": "data.evaluation: coconot_contrast_final is kept apart",
+    "eval.py model=tiny data=final": "data.evaluation: coconot_contrast_final is reserved",
     "eval.py model=tiny data=final final.plan=none.yaml": "none.yaml: cannot be read (No such file",
     "eval.py model=tiny data=demo final.plan=a.yaml": "final.plan=a.yaml: none of the sets is kept",
     "dcr.frontier plan=none.yaml here": "none.yaml: cannot be read (No such file",

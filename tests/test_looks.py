@@ -54,7 +54,7 @@ def test_rows_kept_apart_are_read_only_to_be_scored(
 ) -> None:
     kind = Kind.seemingly_toxic
     assert len(sources.read(str(rows), kind=kind)) == 2
-    assert "1 rows are kept apart for data=final and left out" in caplog.text
+    assert "1 rows are reserved for data=final and left out" in caplog.text
     assert len(sources.read(str(rows), kind=kind, scored=True)) == 3
     settings = EvalSettings()
     settings.data.evaluation = EvaluationSets([str(rows)], [])
@@ -63,7 +63,7 @@ def test_rows_kept_apart_are_read_only_to_be_scored(
     (seen,) = splits.evaluation_prompts(settings.data).values()
     assert len(seen) == 3, "training must know them, to leave out what is near one"
     rows.write_text(rows.read_text().splitlines()[1])
-    with pytest.raises(DataError, match="kept apart to be scored once"):
+    with pytest.raises(DataError, match="reserved for evaluation"):
         sources.read(str(rows), kind=kind)
 
 
@@ -77,10 +77,10 @@ def asking(plan: Path | None, *over_refusal: str) -> EvalSettings:
 def test_sets_kept_apart_need_a_plan_and_a_plan_such_sets(tmp_path: Path) -> None:
     plan = tmp_path / "plan.yaml"
     (said,) = looks.relations(asking(None, "demo_seemingly_toxic_heldout", "oktest_final"))
-    assert "oktest_final is kept apart" in said
+    assert "oktest_final is reserved" in said
     assert "final.plan=<file>" in said
     (said,) = looks.relations(asking(plan, "demo_seemingly_toxic_heldout"))
-    assert "none of the sets is kept apart" in said
+    assert "none of the sets is reserved" in said
     assert not list(looks.relations(asking(plan, "oktest_final")))
     assert not list(looks.relations(asking(None, "demo_seemingly_toxic_heldout")))
 

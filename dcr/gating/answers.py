@@ -148,7 +148,7 @@ def check(settings: EvalConfig, made_with: Mapping[str, Any]) -> None:
     if biases.share_of(settings) is None and biases.exported_bias(settings) is not None:
         raise ConfigError(
             f"calibrate={settings.calibrate}: this folder holds a bias, and a gate needs a "
-            "threshold; give a share such as 0.8, or a run to be as safe as"
+            "threshold; give a share such as 0.8, or a run whose share is to be reached"
         )
     parts = record["made_with"].get("pairs", {}).items()
     learnt = {n for kind, of in parts if not kind.endswith("heldout") for n in of["sources"]}

@@ -25,8 +25,8 @@ def relations(settings: EvalConfig) -> Iterator[str]:
     plan = settings.node(FinalConfig).plan
     if kept and plan is None:
         yield (
-            f"data.evaluation: {kept[0]} is kept apart to be scored once; write a plan "
+            f"data.evaluation: {kept[0]} is reserved for evaluation under a plan; write one "
             "(docs/evidence.md) and give final.plan=<file>, or choose data=test"
         )
     if plan is not None and not kept:
-        yield f"final.plan={plan}: none of the sets is kept apart; choose data=final"
+        yield f"final.plan={plan}: none of the sets is reserved for a plan; choose data=final"

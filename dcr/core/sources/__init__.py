@@ -78,10 +78,8 @@ def read(
     usable = [row for row in rows if not is_final(row.prompt)]
     if kept := len(rows) - len(usable):
         if not usable:
-            raise DataError(
-                f"{name}: kept apart to be scored once, with data=final; name another source"
-            )
-        log.warning("%s: %d rows are kept apart for data=final and left out", name, kept)
+            raise DataError(f"{name}: reserved for evaluation with data=final; name another source")
+        log.warning("%s: %d rows are reserved for data=final and left out", name, kept)
     return usable
 
 
