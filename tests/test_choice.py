@@ -310,7 +310,7 @@ def test_table_and_record_name_the_settings_to_use_and_why() -> None:
     assert "data.seemingly_toxic.source=[train_safe] data.toxic.source=[train_toxic] trans" in told
     assert "100% / 0%" in told
     assert "- a note" in told
-    assert "scores on elsewhere are no longer blind" in told
+    assert "scores on elsewhere do not test this choice" in told
     assert all(len(line) <= 100 for line in describe(found).splitlines())
     record = found.record()
     assert json.loads(json.dumps(record, allow_nan=False)) == record
@@ -324,7 +324,7 @@ def test_table_and_record_name_the_settings_to_use_and_why() -> None:
 def test_sources_that_teach_nothing_are_said_to() -> None:
     axes = {"train_toxic": dict.fromkeys(range(1, LAYERS + 1), 1)}
     told = " ".join(describe(probed([TRAIN, OTHER], {"elsewhere": TEST}, **axes)).split())
-    assert "told apart within (1.00) but hardly elsewhere at any layer" in told
+    assert "separate other sets nearly as well as these (1.00)" in told
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

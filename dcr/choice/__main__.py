@@ -138,11 +138,11 @@ def _conclusions(choice: "Choice") -> list[str]:
     lines += [f"{p.pair}: {p.balance.warning}" for p in choice.pairs if p.balance.warning]
     if best.transfer.estimate < WEAK and best.within.estimate > best.transfer.estimate:
         lines.append(
-            f"{configured.pair}: told apart within ({_number(best.within)}) but hardly elsewhere "
-            "at any layer, so that intent may not be what separates these sources"
+            f"{configured.pair}: at no layer does the probe separate other sets nearly as well as "
+            f"these ({_number(best.within)}), so intent may not be what separates these sources"
         )
     tests = ", ".join(dict.fromkeys(name for pair in choice.pairs for name in pair.best.tests))
-    return [*lines, f"scores on {tests} are no longer blind: their labels made this choice"]
+    return [*lines, f"scores on {tests} do not test this choice: it used their labels"]
 
 
 def _number(interval: Interval) -> str:
