@@ -113,8 +113,8 @@ def specification(project: str, entity: str, made_with: Mapping[str, str]) -> tu
     from wandb_workspaces.reports.v2 import interface as wr
     from wandb_workspaces.workspaces import interface as ws
 
+    from dcr.report.columns import METHODS
     from dcr.report.figures import PALETTE
-    from dcr.report.records import METHODS
     from dcr.wandb_scores import AXES
 
     views = _training_views() | _evaluation_views()  # their keys are those that runs log

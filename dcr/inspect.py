@@ -119,10 +119,10 @@ def log_of(
 ) -> Any:
     """The log of an evaluation's answers to one set, an `inspect_ai.log.EvalLog`."""
     from dcr.core import storage
-    from dcr.report.records import label_of
+    from dcr.report.columns import Column
 
     log = importlib.import_module("inspect_ai.log")
-    counts, model = evaluation.sets[name], " ".join(label_of(run, evaluation, with_model=True))
+    counts, model = evaluation.sets[name], " ".join(Column(run, evaluation).words(with_model=True))
     said, kind = verdicts(evaluation, name, rows), counts.kind
     identity = storage.fingerprint([evaluation.folder.name, name])
     time = (evaluation.folder / "metrics.json").stat().st_mtime

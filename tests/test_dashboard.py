@@ -18,8 +18,7 @@ from dcr.core.config import Kind
 from dcr.core.generation import Completion
 from dcr.core.runs import Run
 from dcr.judges import verdicts
-from dcr.report import figures
-from dcr.report import records as records_
+from dcr.report import columns, figures
 from tests.servers.loopback import Answer, Request, answering, as_json
 
 # of W&B's library for workspaces and reports
@@ -380,5 +379,5 @@ def test_panels_show_keys_that_runs_log(evaluated: Run, tmp_path: Path) -> None:
 
 def test_runs_have_the_colour_of_their_method(of_dcr: Run, tmp_path: Path) -> None:
     told = written(tmp_path / "board.json", str(of_dcr.folder))
-    colour = {wandb_run.run_id(of_dcr): figures.PALETTE[list(records_.METHODS).index("dcr")]}
+    colour = {wandb_run.run_id(of_dcr): figures.PALETTE[list(columns.METHODS).index("dcr")]}
     assert told["workspace"]["spec"]["section"]["customRunColors"] == colour

@@ -21,12 +21,13 @@ from test_report import change, make_eval, make_run, parsed, selection
 from dcr.core import runs, storage
 from dcr.core.config import UserError
 from dcr.core.runs import Run
-from dcr.report import building, figures, trade_offs
+from dcr.report import building, figures, operating
+from dcr.report.columns import Column
 from dcr.report.figures import Drawing
 from dcr.report.grids import Cell
+from dcr.report.operating import Operating
 from dcr.report.records import Evaluation, RunRecord, read_run
 from dcr.report.sections import FIGURES, OPERATING, Selection
-from dcr.report.trade_offs import Operating
 
 KINDS = ("seemingly_toxic", "toxic", "normal")
 STEPS = (0, 3, 9, 20)
@@ -344,7 +345,7 @@ def point(
     run = RunRecord(Path("r"), {}, {}, [], [], [])
     found = Evaluation(folder=Path("e"), weights="sft", step=step)
     x, y = (Cell(value, value, value) for value in (compliance, safety))
-    return Operating("scans", run, found, strength, x, y)
+    return Operating(Column(run, found), "scans", strength, x, y)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -364,7 +365,7 @@ def test_the_rule_against_brute_force(seed: int) -> None:
         theirs = best and (best.compliance.estimate, best.safety.estimate)
         if theirs is None or mine > theirs:  # strengths ascend, so that the first of equals stays
             best = candidate
-    assert trade_offs.choose(points, reference, margin) is best
+    assert operating.choose(points, reference, margin) is best
 
 
 def test_operating_points_by_hand(folders: list[Path], drawn: tuple[Path, str]) -> None:

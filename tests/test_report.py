@@ -25,7 +25,6 @@ from dcr.report import (
     building,
     comparisons,
     curves,
-    discernment,
     figures,
     outcomes,
     page,
@@ -34,14 +33,9 @@ from dcr.report import (
     trade_offs,
 )
 from dcr.report.__main__ import main
+from dcr.report.columns import Column, columns_of, seed_groups
 from dcr.report.grids import Block, Cell, in_words
-from dcr.report.records import (
-    Column,
-    Completions,
-    columns_of,
-    read_run,
-    seed_groups,
-)
+from dcr.report.records import Completions, read_run
 from dcr.report.sections import SECTIONS, Section, Selection
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -143,7 +137,7 @@ def rows_of(blocks: Sequence[Block]) -> dict[tuple[str, str], list[Cell]]:
 
 def table_of(*folders: Path) -> dict[tuple[str, str], list[Cell]]:
     """The main table."""
-    return rows_of(discernment.results(selection(*folders)).blocks)
+    return rows_of(tables.results(selection(*folders)).blocks)
 
 
 def build(tmp_path: Path, *folders: Path, wanted: Collection[str] = ()) -> tuple[str, str]:
@@ -741,7 +735,7 @@ def test_a_store_may_hold_more_than_the_set(tmp_path: Path) -> None:
     with (place / "safe.jsonl").open("a") as file:
         file.write(answer("safe-1", "safe prompt 1", f"{REFUSAL} Again."))
     notes: list[str] = []
-    kept = Completions(notes)(columns(run)[0], "safe")
+    kept = Completions(notes)(columns(run)[0].evaluation, "safe")
     assert [completion.id for completion in kept] == ["safe-2", "safe-1"]
     assert kept[1].response.endswith("Again.")
     assert notes == []

@@ -11,20 +11,10 @@ import pandas as pd
 from dcr.core.config import UserError
 from dcr.ending import printable
 from dcr.report import figures
-from dcr.report.curves import (
-    KERNELS,
-    NORM,
-    SCORED,
-    STAGES,
-    TRACKED,
-    curves,
-    edit_of,
-    folders,
-    name_of_weights,
-    named,
-)
+from dcr.report.columns import WEIGHTS, evaluated, name_of_weights, named
+from dcr.report.curves import KERNELS, NORM, SCORED, TRACKED, curves
 from dcr.report.figures import INK, Curve, Drawing, Look, Panel, kind_look, look_of
-from dcr.report.records import RunRecord, about, config_of
+from dcr.report.records import RunRecord, folders
 from dcr.report.sections import Selection
 from dcr.results.schema import Separability, interval
 
@@ -56,7 +46,8 @@ def kernel(chosen: Selection, figure: str) -> Drawing:
     runs = [set(own["run"]) for _, own in figures.parts(values, "weights")]
     several_runs, several_models = max(map(len, runs)) > 1, len(set(values["model"])) > 1
     by_params = figures.parts(values, "params")
-    edits = {printable(str(e.folder)): edit_of(e) for run in records for e in run.evaluations}
+    every = [column.evaluation for column in evaluated(records)]
+    edits = {printable(str(e.folder)): e.steering_in_words for e in every}
     rows = [figures.parts(own, "weights", "run", "source") for _, own in by_params]
     across = max(map(len, rows))
     panels: list[Panel | None] = []
@@ -101,20 +92,20 @@ def _matrices(weights: str, records: Sequence[RunRecord]) -> pd.DataFrame:
     """The matrices evaluated, or else tracked, at these weights, each once. UserError if none."""
     # run, model, choice of parameters, normalisation, source, and rows of observer, trained, mean
     matrices: list[tuple[RunRecord, str, str, str, str, list[tuple[Any, ...]]]] = []
-    for run in records:
-        for e in run.evaluations:
-            if e.weights == weights and e.kernel:
-                normalise, source = e.kernel.normalise, printable(str(e.folder))
-                for params, by_observer in e.kernel.params.items():
-                    cells = [
-                        (observer, trained, *vars(interval(cell)).values())
-                        for observer, row in by_observer.items()
-                        for trained, cell in row.items()
-                    ]
-                    model = about(run, e, "model")
-                    matrices.append((run, model, params, normalise, source, cells))
+    for column in evaluated(records):
+        e = column.evaluation
+        if e.weights != weights or e.kernel is None:
+            continue
+        for params, by_observer in e.kernel.params.items():
+            cells = [
+                (observer, trained, *vars(interval(cell)).values())
+                for observer, row in by_observer.items()
+                for trained, cell in row.items()
+            ]
+            of = column.about("model"), params, e.kernel.normalise, printable(str(e.folder))
+            matrices.append((column.run, *of, cells))
     for run in records if not matrices else ():
-        dcr = config_of(run, "method") == "dcr"
+        dcr = run.about("method") == "dcr"
         before, after = ["contrastive", *([] if dcr else ["sft"])], ["sft", "contrastive"]
         # the first reading of the stage that started from these weights, or a stage's last
         for stage in before if weights == "base" else after if dcr else ():
@@ -123,7 +114,7 @@ def _matrices(weights: str, records: Sequence[RunRecord]) -> pd.DataFrame:
             at = {row[:3]: row for row in read if last or row[3] == 0}
             for params in dict.fromkeys(key[0] for key in at):
                 cells = [(*key[1:], *row[4:7]) for key, row in at.items() if key[0] == params]
-                model = config_of(run, "model")
+                model = run.about("model")
                 matrices.append((run, model, params, "", f"{TRACKED} ({stage})", cells))
             if at:
                 break
@@ -150,31 +141,32 @@ CURE = (
 About = tuple[str, str, str]  # name, weights, model
 
 
-def _separability(figure: str, records: Sequence[RunRecord]) -> list[tuple[About, Separability]]:
+def _separability(figure: str, chosen: Selection) -> list[tuple[About, Separability]]:
     """The separability of every run's weights, in the order of the stages; a base model once."""
     every = [
-        (name_of_weights(name, run, e), about(run, e, "model"), e, e.separability)
-        for stage in STAGES
-        for run, name in named(records)
-        for e in run.evaluations
-        if e.weights == stage and e.separability
+        (name_of_weights(name, column), column, scores)
+        for weights in WEIGHTS
+        for run, name in named(chosen.records)
+        for column in evaluated([run])
+        if column.evaluation.weights == weights and (scores := column.evaluation.separability)
     ]
+    measured = {column.run.folder for _, column, _ in every}
+    lacking = [run for run in chosen.records if run.folder not in measured]
     if not every:
-        raise UserError(f"figure {figure}: no separability in {folders(records)}; {CURE}")
-    distinct = {(name, repr(scores)): (name, model, e, scores) for name, model, e, scores in every}
-    called = [name for name, _ in distinct]
-    return [
-        (
-            (name + f" ({e.folder.name})" * (called.count(name) > 1), e.weights, model),
-            scores,
-        )
-        for name, model, e, scores in distinct.values()
-    ]
+        raise UserError(f"figure {figure}: no separability in {folders(lacking)}; {CURE}")
+    chosen.leave_out(figure, "separability", lacking)
+    distinct = {(name, repr(scores)): (column, scores) for name, column, scores in every}
+    called, found = [name for name, _ in distinct], []
+    for (name, _), (column, scores) in distinct.items():
+        e = column.evaluation
+        told = f"{name} ({e.folder.name})" if called.count(name) > 1 else name
+        found.append(((told, e.weights, column.about("model")), scores))
+    return found
 
 
 def accuracies(chosen: Selection) -> Drawing:
     """Figure 7: k-means accuracy over layers, with the majority class."""
-    by_weights = _separability("7", chosen.records)
+    by_weights = _separability("7", chosen)
     values = figures.frame(
         [
             (
@@ -218,7 +210,7 @@ def scaling(chosen: Selection) -> Drawing:
     values = figures.frame(
         [
             (*of_weights, int(layer), identity, CLASSES[label], x, y)
-            for of_weights, of in _separability("8", chosen.records)
+            for of_weights, of in _separability("8", chosen)
             for layer, points in of.mds.items()
             if points
             for identity, label, (x, y) in zip(

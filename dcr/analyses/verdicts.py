@@ -16,8 +16,10 @@ from dcr.core.results import Estimate
 from dcr.core.statistics import Interval, percentiles
 from dcr.ending import printable, single_line
 from dcr.inference import resampled_groups
-from dcr.report.curves import KEPT, SCORED, STAGES, folders, name_of_weights, named, snapshots
-from dcr.report.records import Evaluation, RunRecord, about, config_of, unedited
+from dcr.report import columns
+from dcr.report.columns import WEIGHTS, named
+from dcr.report.curves import KEPT, SCORED
+from dcr.report.records import Evaluation, RunRecord, folders
 from dcr.report.sections import Selection
 from dcr.report.writing import TextTable
 from dcr.results.schema import Kernel, interval
@@ -113,7 +115,7 @@ def prompt_curves(run: RunRecord) -> tuple[int, dict[str, np.ndarray], str] | No
     with fewer than three steps, since two points always lie on a line.
     """
     tracked = [step for step in run.tracked if step.stage == "sft"]
-    scored = snapshots(run, lambda e: e.refusal_probability)
+    scored = run.snapshots(lambda e: e.refusal_probability)
     for source, measures in ((KEPT, tracked), (SCORED, scored)):
         by_step = {m.step or 0: m.refusal_probability for m in measures if m.refusal_probability}
         steps: list[dict[tuple[str, str], float]] = [
@@ -130,19 +132,20 @@ def prompt_curves(run: RunRecord) -> tuple[int, dict[str, np.ndarray], str] | No
     return None
 
 
-def evaluated(run: RunRecord, weights: str) -> list[MeasuredKernel]:
-    """The kernels of a run's unsteered evaluations of these weights."""
+def evaluated(records: Sequence[RunRecord], weights: str) -> list[MeasuredKernel]:
+    """The kernels of unsteered evaluations of these weights."""
     return [
-        MeasuredKernel(run, weights, about(run, e, "model"), e.folder, e.kernel)
-        for e in run.evaluations
-        if e.weights == weights and e.kernel and e.kernel.ids and unedited(e)
+        MeasuredKernel(column.run, weights, column.about("model"), e.folder, e.kernel)
+        for column in columns.evaluated(records)
+        for e in [column.evaluation]
+        if e.weights == weights and e.kernel and e.kernel.ids and e.unedited
     ]
 
 
 def tracked(run: RunRecord, stage: str) -> list[MeasuredKernel]:
     """Kernels that tracking kept over a stage, by step."""
     return [
-        MeasuredKernel(run, f"step {t.step}", config_of(run, "model"), t.folder, t.kernel)
+        MeasuredKernel(run, f"step {t.step}", run.about("model"), t.folder, t.kernel)
         for t in run.tracked
         if t.stage == stage and t.kernel and t.kernel.ids
     ]
@@ -153,10 +156,10 @@ def base_kernels(records: Sequence[RunRecord]) -> list[MeasuredKernel]:
 
     Each model and choice of prompts has one: the first.
     """
-    bases = [measured for run in records for measured in evaluated(run, "base")]
+    bases = evaluated(records, "base")
     for run in records if not bases else ():
         first = tracked(run, "contrastive")[:1]
-        if not first and config_of(run, "method") != "dcr":
+        if not first and run.about("method") != "dcr":
             first = tracked(run, "sft")[:1]
         bases += [measured for measured in first if measured.weights == "step 0"]
     distinct: dict[tuple[object, ...], MeasuredKernel] = {}
@@ -169,10 +172,10 @@ def pairs(
     records: Sequence[RunRecord], notes: list[str]
 ) -> Iterator[tuple[MeasuredKernel, MeasuredKernel, str]]:
     """Kernels before and after stage one with what both are over, from evaluations or tracking."""
-    bases = [measured for run in records for measured in evaluated(run, "base")]
+    bases = evaluated(records, "base")
     for run in records:
         found, steps = False, tracked(run, "contrastive")
-        for after in evaluated(run, "contrastive"):
+        for after in evaluated([run], "contrastive"):
             for params in after.kernel.params:
                 before = [b for b in bases if b.terms == after.terms and params in b.kernel.params]
                 if before:
@@ -321,13 +324,13 @@ def claim_rows(records: Sequence[RunRecord], notes: list[str]) -> list[ClaimRow]
         rows += _stage_one(before, after, params, name_of[after.run.folder], notes)
     for base in base_kernels(records):
         rows += _base(base, notes)
-    for run in records:
-        for e in run.evaluations:
-            if e.claims and unedited(e):
-                rows += _one_step(name_of_weights(name_of[run.folder], run, e), e)
+    for column in columns.evaluated(records):
+        if column.evaluation.claims and column.evaluation.unedited:
+            name = columns.name_of_weights(name_of[column.run.folder], column)
+            rows += _one_step(name, column.evaluation)
     # one base model may have been measured in several folders
     rows = list({(row.claim, row.sentence): row for row in rows}.values())
-    dcr = [run for run in records if config_of(run, "method") == "dcr"]
+    dcr = [run for run in records if run.about("method") == "dcr"]
     for claim in CLAIMS.keys() - {row.claim for row in rows}:
         command = CLAIMS[claim][1]
         # a run of another method has no stage one
@@ -354,7 +357,7 @@ def _movement(run: RunRecord, name: str) -> Iterator[ClaimRow]:
         f"over {steps} steps of SFT the correlation of the mean probabilities of "
         f"{kinds.count(TOXIC)} toxic and {kinds.count(SEEMING)} seemingly toxic prompts"
     )
-    about_run, both = (name, config_of(run, "model")), together(TOXIC, SEEMING)
+    about_run, both = (name, run.about("model")), together(TOXIC, SEEMING)
     yield ClaimRow("joint_movement", what, both, *about_run, source=source, beside=beside)
 
 
@@ -365,7 +368,7 @@ def _stage_one(
     was, now = (normalised(kernel, params, notes) for kernel in (before, after))
     if was is None or now is None or not {SEEMING, TOXIC} <= set(kinds):
         return
-    over = "stage one" if after.weights in STAGES else f"stage one, up to its {after.weights},"
+    over = "stage one" if after.weights in WEIGHTS else f"stage one, up to its {after.weights},"
     source = " → ".join(printable(str(m.folder)) for m in (before, after))
     about_pair = (name, after.model, params, source)
     for claim, cells in (("within_rises", WITHIN), ("cross_falls", CROSS)):
@@ -383,7 +386,7 @@ def _base(base: MeasuredKernel, notes: list[str]) -> Iterator[ClaimRow]:
     kinds = base.kernel.of
     if not {SEEMING, NORMAL} <= set(kinds):
         return
-    name = ", ".join(filter(None, (STAGES["base"], base.model)))
+    name = ", ".join(filter(None, (WEIGHTS["base"], base.model)))
     drawn, cells = draws(kinds), ((SEEMING, NORMAL), (NORMAL, NORMAL))
     what = f"mean ‖{kernel_of(cells[0])}‖ − ‖{kernel_of(cells[1])}‖"
     for params in base.kernel.params:

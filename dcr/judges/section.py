@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from dcr.core.config import Kind
+from dcr.report.columns import Column
 from dcr.report.grids import (
     FAILED,
     NAMES,
@@ -14,6 +15,7 @@ from dcr.report.grids import (
     Grid,
     Row,
     judges_of,
+    plain,
     rate,
     rate_rows,
     rates,
@@ -22,7 +24,7 @@ from dcr.report.grids import (
     text_of,
     words,
 )
-from dcr.report.records import Column, Evaluation
+from dcr.report.records import Evaluation
 from dcr.report.sections import Selection
 from dcr.report.writing import TextTable
 from dcr.results.schema import Agreement
@@ -53,8 +55,8 @@ def judged(chosen: Selection) -> Grid:
         if judge == OUTCOME:  # has a section of its own
             continue
         own = [
-            (kind, label, (), f"Answers to {kind.value.replace('_', ' ')} prompts that are {label} "
-             "by {}, %", f"{label}, {kind.value.replace('_', ' ')}, by {{}}, %")
+            (kind, label, (), f"Answers to {plain(kind.value)} prompts that are {label} by {{}}, %",
+             f"{label}, {plain(kind.value)}, by {{}}, %")
             for label in dict.fromkeys(
                 label for of in sets if judge in of.judged for label in of.judged[judge].labels
             )
@@ -98,7 +100,7 @@ def agreement(chosen: Selection) -> Grid:
 
     def defined(evaluation: Evaluation) -> dict[str, Agreement]:
         pairs = [pair for pair in evaluation.agreement if pair.kappa is not None]
-        return {f"{' / '.join(p.judges)}, {p.kind.replace('_', ' ')}": p for p in pairs}
+        return {f"{' / '.join(p.judges)}, {plain(p.kind)}": p for p in pairs}
 
     def cell(pair: Agreement) -> Cell:
         return Cell(pair.kappa or 0.0, percent=False, aside=f"n = {pair.n}")
@@ -117,7 +119,7 @@ def confusions(chosen: Selection) -> TextTable | None:
              "A refused, B complied", "both refused", "κ")  # fmt: skip
     rows = [
         (
-            column.name, " / ".join(pair.judges), pair.kind.replace("_", " "), pair.n,
+            column.name, " / ".join(pair.judges), plain(pair.kind), pair.n,
             *confusion(pair), f"{pair.kappa:.2f}",
         )
         for column in chosen.columns

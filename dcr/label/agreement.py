@@ -15,8 +15,8 @@ from dcr.core.statistics import Interval
 from dcr.ending import printable
 from dcr.judges.verdicts import Verdict, answer_fingerprint, by_keywords
 from dcr.label import LABELS, sheets
+from dcr.report.columns import Column
 from dcr.report.grids import OUTCOME
-from dcr.report.records import Column
 from dcr.report.sections import Selection
 from dcr.report.writing import ABSENT, TextTable
 

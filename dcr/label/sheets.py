@@ -25,7 +25,7 @@ from dcr.core.generation import Completion
 from dcr.ending import printable, single_line
 from dcr.judges.verdicts import answer_fingerprint
 from dcr.label import LABELS
-from dcr.report.records import Column
+from dcr.report.columns import Column
 from dcr.report.writing import templates
 
 FIELDS = ("sheet", "id", "prompt", "answer", "ended", "label")

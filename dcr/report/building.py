@@ -16,7 +16,7 @@ from dcr.core.config import ConfigError, DataError, UserError
 from dcr.ending import printable
 from dcr.report import comparisons, figures, page, writing
 from dcr.report.figures import Drawing
-from dcr.report.grids import FOOTNOTES, INTERVALS, Block, Grid, any_marked, in_words, text_of
+from dcr.report.grids import INTERVALS, Block, Grid, footnotes, in_words, text_of
 from dcr.report.page import Part
 from dcr.report.records import read_run
 from dcr.report.sections import MARGIN, OPERATING, SECTIONS, Section, Selection
@@ -112,8 +112,8 @@ def plain_text(chosen: Selection, parts: Sequence[Part], width: int) -> str:
         else:
             console.print(part.about, writing.in_terminal(part.made), sep="\n")
     if columns:
-        marks = [mark for mark in FOOTNOTES if any_marked(blocks, mark, in_terminal=True)]
-        console.print("", *(f"{mark} {FOOTNOTES[mark]}" for mark in marks), INTERVALS, sep="\n")
+        marks = footnotes(blocks, in_terminal=True)
+        console.print("", *map(" ".join, marks.items()), INTERVALS, sep="\n")
     sentences = [s for p in parts if isinstance(p.made, Drawing) for s in p.made.sentences]
     for line in (*sentences, *(f"note: {note}" for note in chosen.notes)):
         console.print(line, soft_wrap=True)

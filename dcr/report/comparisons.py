@@ -1,15 +1,15 @@
 """Comparisons of methods: prompt by prompt, and in one sentence at equal safety."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from dcr import inference
 from dcr.core import storage
 from dcr.core.config import Kind
-from dcr.core.runs import stages
 from dcr.core.statistics import Interval
-from dcr.report.discernment import EQUAL, ranked_sets
+from dcr.report.columns import Column, Group
+from dcr.report.discernment import ranked_sets
 from dcr.report.grids import (
     IN_DISTRIBUTION,
     WANTED,
@@ -22,8 +22,9 @@ from dcr.report.grids import (
     text_of,
     together,
 )
-from dcr.report.records import Answer, Column, Group, flattened
+from dcr.report.records import Completions, flattened
 from dcr.report.sections import Selection
+from dcr.report.tables import EQUAL
 from dcr.report.writing import TextTable
 
 PAIRED_SEED = 0  # of the bootstrap, fixed so that a report is reproducible
@@ -97,26 +98,24 @@ def differing_settings(a: Column, b: Column) -> list[str]:
         config = column.run.config
         data = node if isinstance(node := config.get("data"), dict) else {}
         sft = dict(config.get("sft") or {})
-        if "readout" not in stages(config, column.evaluation.weights):
+        if "readout" not in column.stages:
             sft["readout"] = {"steps": 0}
         parts = {"sft": sft, "data.safety": data.get("safety")}
         configs.append(flattened(parts | {"data.normal": data.get("normal")}))
     return storage.differences(configs[1], configs[0])
 
 
-def paired_sets(
-    a: Column, b: Column, completions: Callable[[Column, str], list[Answer]]
-) -> list[PairedSet]:
+def paired_sets(a: Column, b: Column, completions: Completions) -> list[PairedSet]:
     """Each set that both answered, and all that may be pooled, by kind."""
     found = []
     for kind, wanted in WANTED.items():
         names = [name for name in set_names([a], kind) if name in b.evaluation.sets]
         pool, both = together(names), dict[str, list[tuple[bool, bool]]]()
         for name in names:
-            others = {(c.id, c.prompt): c.verdict for c in completions(b, name)}
+            others = {(c.id, c.prompt): c.verdict for c in completions(b.evaluation, name)}
             both[name] = [
                 (c.verdict == wanted, others[c.id, c.prompt] == wanted)
-                for c in completions(a, name)
+                for c in completions(a.evaluation, name)
                 if (c.id, c.prompt) in others
             ]
         if len(pool) > 1:

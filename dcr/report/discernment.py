@@ -8,29 +8,15 @@ from dcr.core.config import Kind
 from dcr.core.evaluation import scoring
 from dcr.core.results import Discernment, RankedSet, Ranking, SetCounts
 from dcr.report import paper
-from dcr.report.grids import (
-    CONTAMINATED,
-    IN_DISTRIBUTION,
-    INTERVALS,
-    Block,
-    Cell,
-    Grid,
-    Row,
-    any_marked,
-    in_words,
-    marked_sets,
-    of_row,
-    together,
-)
+from dcr.report.columns import Column
+from dcr.report.grids import IN_DISTRIBUTION, Cell, of_row, together
 from dcr.report.paper import PaperRow
-from dcr.report.records import Column, Completions
+from dcr.report.records import Completions
 from dcr.report.sections import Selection
-from dcr.report.tables import keyword_blocks
 from dcr.report.writing import TextTable
 from dcr.results.frame import contaminated, of_ranking
 
 POOLED, UNMARKED = "pooled", f"pooled without {IN_DISTRIBUTION}"
-EQUAL = "answered at equal safety, %"
 TITLE = "Discernment, and answers at equal safety"
 HEADS = {
     "auroc": "AUROC",
@@ -111,7 +97,7 @@ def _ranked(column: Column, names: Sequence[str], completions: Completions) -> R
     masses: dict[Kind, list[float]] = {Kind.toxic: [], Kind.seemingly_toxic: []}
     for name in names:
         of = ranked_sets(column)[name]
-        own = completions.masses(column, name, of.ids)
+        own = completions.masses(column.evaluation, name, of.ids)
         if own is None or len(own) < of.n:
             return {}
         masses[of.kind] += own
@@ -123,53 +109,6 @@ def _ranked(column: Column, names: Sequence[str], completions: Completions) -> R
     seen = any(contaminated(column.evaluation, name) for name in names)
     marks = {"in_distribution": False, "contaminated": seen}
     return {row["quantity"]: row | marks for row in rows}
-
-
-def ranked_blocks(columns: Sequence[Column], completions: Completions) -> list[Block]:
-    """AUROCs, and what is answered where shares of the toxic prompts are refused."""
-    by_sets = rankings(columns, completions)
-    aurocs = []
-    for label, values in by_sets.items():
-        cells, summed = tuple(of.get("auroc") for of in values), label in (POOLED, UNMARKED)
-        aurocs.append(Row(label, cells, summed, page_only=not summed))
-    fairest = by_sets.get(UNMARKED, by_sets.get(POOLED, ()))
-    without = f", without {IN_DISTRIBUTION}" if UNMARKED in by_sets else ""
-    answered = [
-        Row(f"safety {share}{without}", cells, summary=True)
-        for share in scoring.SAFETY
-        if any(cells := tuple(of.get(f"answered/{share}") for of in fairest))
-    ]
-    title = "Seemingly toxic prompts answered where so much of the toxic ones is refused, %"
-    blocks = [
-        Block("Discernment AUROC", "discernment AUROC", aurocs),
-        Block(title, EQUAL, answered),
-    ]
-    return [block for block in blocks if block.rows]
-
-
-def results(chosen: Selection) -> Grid:
-    """Results.
-
-    A model that discerns answers prompts that only seem toxic and refuses those that are: high in
-    both parts of the table. Verdicts in this table are by keywords (the paper's rules unless named
-    otherwise), so “keyword refusal” says how an answer reads, not whether it is harmful.
-    """
-    columns = chosen.columns
-    blocks = [*keyword_blocks(columns), *ranked_blocks(columns, chosen.completions)]
-    notes = [INTERVALS, *NOTES[:2]]
-    if marked := sorted(map(in_words, marked_sets(columns))):
-        notes.append(
-            f"{IN_DISTRIBUTION} in-distribution: training saw prompts of this set "
-            f"({'; '.join(marked)}); “unseen groups” are its prompts whose template group training "
-            "never saw."
-        )
-    if any_marked(blocks, CONTAMINATED):
-        notes.append(
-            f"{CONTAMINATED} contaminated: some prompts of this set stand among the rows trained "
-            "on: the same, nearly the same, or sharing long runs of words (“exact / near / n-gram "
-            "in training”), or steering was made from them (“seen by steering”)."
-        )
-    return Grid(columns, blocks, notes)
 
 
 def table(chosen: Selection) -> TextTable:

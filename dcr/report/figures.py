@@ -20,7 +20,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from dcr import results
-from dcr.report.records import Style
+from dcr.report.columns import Style
+from dcr.report.grids import plain
 
 # The neutral colour of the base model, then Okabe and Ito's palette, distinguishable without
 # red-green vision, without black and yellow, which vanish on a dark or a white page.
@@ -249,7 +250,7 @@ def _draw_cells(axes: Axes, cells: pd.DataFrame, top: float) -> None:
         ends = "" if math.isnan(low) else f"\n[{low:.2f}–{high:.2f}]"
         axes.text(j, i - (0.1 if ends else 0), f"{value:.2f}", fontsize=8.5, **style)
         axes.text(j, i + 0.12, ends, fontsize=5.5, **style)
-    labels = [kind_name(kind).replace(" ", "\n") for kind in kinds]
+    labels = [plain(kind).replace(" ", "\n") for kind in kinds]
     axes.set_xticks(range(len(kinds)), labels)
     axes.set_yticks(range(len(kinds)), labels)
     axes.grid(False)
@@ -309,17 +310,13 @@ def folded(text: str, width: int = 34, lines: int = 3) -> str:
     return textwrap.fill(" ".join(text.split()), width, max_lines=lines, placeholder=" …")
 
 
-def kind_name(kind: str) -> str:
-    return kind.replace("_", " ")
-
-
 def kind_look(kind: str) -> Look:
     """The look of a kind, grey if the paper does not know it."""
     return KINDS.get(kind, OTHER_KIND)
 
 
 def kind_legend(kinds: Sequence[str]) -> list[tuple[str, Look]]:
-    return [(kind_name(kind), kind_look(kind)) for kind in kinds]
+    return [(plain(kind), kind_look(kind)) for kind in kinds]
 
 
 def ordered(kinds: Sequence[str]) -> list[str]:

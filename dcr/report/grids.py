@@ -10,7 +10,8 @@ from dcr import inference
 from dcr.core.config import Kind
 from dcr.core.evaluation.sets import APART, PAPER_SAFETY
 from dcr.core.statistics import Interval
-from dcr.report.records import Column, Evaluation, Group
+from dcr.report.columns import Column, Group
+from dcr.report.records import Evaluation
 from dcr.results.schema import Overlap
 
 IN_DISTRIBUTION, CONTAMINATED = "†", "‡"
@@ -156,6 +157,11 @@ def in_words(label: str) -> str:
     return re.sub(r"\w+", told, label)
 
 
+def plain(name: str) -> str:
+    """The name of a kind, an outcome or a label in words."""
+    return name.replace("_", " ")
+
+
 def words(text: str, aside: str = "") -> Cell:
     """A cell that holds words."""
     return Cell(0.0, text=text, aside=aside)
@@ -194,11 +200,11 @@ def rows_by_key(
     return [row for row in rows if any(cell and cell.text != "0 / 0" for cell in row.values)]
 
 
-def any_marked(table: Sequence[Block], mark: str, *, in_terminal: bool = False) -> bool:
-    """Whether a cell of the table has the mark, so that it needs its footnote."""
-    rows = [row for section in table for row in section.rows]
-    shown = [row for row in rows if not (in_terminal and row.page_only)]
-    return any(cell is not None and mark in cell.marks for row in shown for cell in row.values)
+def footnotes(blocks: Sequence[Block], *, in_terminal: bool = False) -> dict[str, str]:
+    """The footnotes of a table by those marks that its cells have."""
+    rows = [row for block in blocks for row in block.rows if not (in_terminal and row.page_only)]
+    marks = {mark for row in rows for cell in row.values if cell for mark in cell.marks}
+    return {mark: text for mark, text in FOOTNOTES.items() if mark in marks}
 
 
 # --- rates over sets ----------------------------------------------------------------------------
@@ -232,9 +238,13 @@ def rate(
         below = math.hypot(*(row["value"] - row["low"] for row in rows)) / len(rows)
         above = math.hypot(*(row["high"] - row["value"] for row in rows)) / len(rows)
         interval = Interval(middle, max(0.0, middle - below), min(1.0, middle + above))
-    else:
-        interval = inference.wilson(sum(row["count"] for row in rows), n)
-    return Cell(interval.estimate, interval.low, interval.high, n=n, marks=marks_of(rows))
+        return Cell(*vars(interval).values(), n=n, marks=marks_of(rows))
+    return share(sum(row["count"] for row in rows), n, marks_of(rows))
+
+
+def share(count: int, n: int, marks: str = "") -> Cell | None:
+    """A share of `n` with its 95% Wilson interval; None of nothing."""
+    return Cell(*vars(inference.wilson(count, n)).values(), n=n, marks=marks) if n else None
 
 
 def marks_of(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -269,6 +279,16 @@ def set_names(columns: Sequence[Column], kind: Kind) -> list[str]:
     """Every set of a kind that any column was evaluated on, in order of appearance."""
     sets = [item for column in columns for item in column.evaluation.sets.items()]
     return list(dict.fromkeys(name for name, counts in sets if counts.kind is kind))
+
+
+def shared_by_kind(evaluations: Sequence[Evaluation]) -> dict[Kind, list[str]]:
+    """The sets that all these evaluations share and that may be summed up, by kind."""
+    first = evaluations[0].sets if evaluations else {}
+    shared = {name: of for name, of in first.items() if all(name in e.sets for e in evaluations)}
+    return {
+        kind: together(name for name, counts in shared.items() if counts.kind is kind)
+        for kind in WANTED
+    }
 
 
 def together(names: Iterable[str]) -> list[str]:

@@ -47,7 +47,7 @@ def table(chosen: Selection) -> Grid:
         rows = grids.rate_rows(columns, names, wanted.value, OUTCOME, "")
         if not rows:
             continue
-        named, found = kind.value.replace("_", " "), _shares(chosen, kind)
+        named, found = grids.plain(kind.value), _shares(chosen, kind)
         sets = grids.together(names)
         keyword = tuple(
             grids.rate(column.evaluation, sets, grids.WANTED[kind]) if cells else None
@@ -56,7 +56,7 @@ def table(chosen: Selection) -> Grid:
         rows.append(Row("pooled, by XSTest's keywords", keyword))
         blocks.append(Block(f"{title} by outcome, %", f"{short} by outcome, %", rows))
         shares = [
-            Row(_words(each), tuple(cells.get(each) for cells in found), summary=True)
+            Row(grids.plain(each), tuple(cells.get(each) for cells in found), summary=True)
             for each in Outcome
         ]
         heading = f"Outcomes of answers to {named} prompts, all sets, %"
@@ -96,9 +96,9 @@ def drawings(
                 axes = {"xlim": (0, 1), "xlabel": "share of answers"}
                 shown = named if named != before else [""] * len(named)
                 stacked = partial(_paint, [cells for _, cells in shares], shown)
-                panel = Panel(title=kind.value.replace("_", " "), axes=axes, paint=stacked)
+                panel = Panel(title=grids.plain(kind.value), axes=axes, paint=stacked)
                 drawn.setdefault(block, []).append(panel)
-    legend = [(_words(k), {"color": c, "marker": "s", "ls": ""}) for k, c in COLOURS.items()]
+    legend = [(grids.plain(k), {"color": c, "marker": "s", "ls": ""}) for k, c in COLOURS.items()]
     drawing = Drawing(name, title, drawn, legend=legend, size=(4.4, height))
     return Drawings([drawing] if drawn else [])
 
@@ -123,7 +123,3 @@ def _shares(chosen: Selection, kind: Kind) -> list[dict[Outcome, Cell]]:
         known = {each: cell for each, cell in cells.items() if cell}
         found.append(known if len(known) == len(Outcome) else {})
     return found
-
-
-def _words(kind: Outcome) -> str:
-    return kind.value.replace("_", " ")

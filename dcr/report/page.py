@@ -15,12 +15,12 @@ from typing_extensions import TypedDict
 import dcr
 from dcr.balance import Balance
 from dcr.core import storage
-from dcr.core.config import Kind
 from dcr.core.runs import RESTORE, Run
 from dcr.ending import printable
 from dcr.report import comparisons, figures
-from dcr.report.grids import in_words, set_names, text_of
-from dcr.report.records import Answer, about, evaluations_of, flattened, told
+from dcr.report.columns import of_run, told
+from dcr.report.grids import WANTED, in_words, set_names, text_of
+from dcr.report.records import Answer, flattened
 from dcr.report.sections import Section, Selection
 from dcr.report.writing import TextTable, templates
 
@@ -79,9 +79,9 @@ def render(chosen: Selection, parts: Sequence[Part]) -> str:
         "glyphs": figures.GLYPHS,
         "drawing": lambda drawing: Markup(figures.inline(drawing)),  # our own, its texts escaped
     }
-    evaluated = [(run, e) for run in chosen.records for e in evaluations_of(run)]
+    evaluated = [column for run in chosen.records for column in of_run(run)]
     models, data = (
-        list(dict.fromkeys(filter(None, (about(run, e, key) for run, e in evaluated))))
+        list(dict.fromkeys(filter(None, (column.about(key) for column in evaluated))))
         for key in ("model", "data")
     )
     sets = [column.evaluation.sets.keys() for column in columns]
@@ -118,10 +118,10 @@ def answers(chosen: Selection) -> OnPage:
     one has not are marked. Toxic prompts are folded away.
     """
     held = []
-    for kind in (Kind.seemingly_toxic, Kind.toxic):
+    for kind in WANTED:
         for name in set_names(chosen.columns, kind):
             stored = [
-                {(c.id, c.prompt): c for c in chosen.completions(column, name)}
+                {(c.id, c.prompt): c for c in chosen.completions(column.evaluation, name)}
                 if name in column.evaluation.sets
                 else {}
                 for column in chosen.columns

@@ -14,6 +14,7 @@ from dcr.adopting import adopted
 from dcr.core import storage
 from dcr.core.evaluation.sets import PAPER_SAFETY
 from dcr.core.runs import Cost, Run
+from dcr.report.columns import FIRST_STAGE_ONLY, METHODS, READOUT, Column, Group
 from dcr.report.grids import (
     FOOTNOTES,
     IN_DISTRIBUTION,
@@ -29,15 +30,7 @@ from dcr.report.grids import (
     set_names,
     together,
 )
-from dcr.report.records import (
-    FIRST_STAGE_ONLY,
-    METHODS,
-    READOUT,
-    Column,
-    Group,
-    flattened,
-    method_name,
-)
+from dcr.report.records import flattened
 from dcr.report.sections import Selection
 from dcr.report.writing import ABSENT, TextTable
 from dcr.results.frame import NORMAL
@@ -268,7 +261,7 @@ def our_row(column: Column, cells: Cells, judge: str = "") -> PaperRow:
     """The row of one of our columns."""
     model = column.about("model")
     run = [part for part in column.label[1:] if part != model]
-    return PaperRow(method_name(column), "ours", model, ", ".join(run), cells, judge)
+    return PaperRow(column.called(column.method), "ours", model, ", ".join(run), cells, judge)
 
 
 def mean_row(group: Group, ours: Sequence[PaperRow]) -> PaperRow:

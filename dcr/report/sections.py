@@ -9,6 +9,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from dcr.core import extending
@@ -16,8 +17,9 @@ from dcr.core import extending
 if TYPE_CHECKING:
     import pandas as pd
 
+    from dcr.report.columns import Column, Group, Styles
     from dcr.report.figures import Drawing
-    from dcr.report.records import Column, Completions, Group, RunRecord
+    from dcr.report.records import Completions, RunRecord
 
 TABLE_ENDINGS, FIGURE_ENDINGS = ("md", "csv", "tex", "html"), ("png", "svg", "csv")
 OPERATING = "operating_points"
@@ -63,7 +65,7 @@ GENERAL = ("dcr.ability.section:accuracies", "dcr.quality.section:win_rates")
 SECTIONS: dict[str, Section] = {
     "completions": Section("dcr.report.page:answers"),
     "runs": Section("dcr.report.page:overview"),
-    "results": Section("dcr.report.discernment:results", in_terminal=True),
+    "results": Section("dcr.report.tables:results", in_terminal=True),
     "recommended": Section("dcr.report.tables:recommended", folded=True),
     "outcomes": Section("dcr.report.outcomes:table", in_terminal=True),
     "outcome_bars": Section("dcr.report.outcomes:bars"),
@@ -96,7 +98,7 @@ SECTIONS: dict[str, Section] = {
     "7": _figure("dcr.analyses.drawings:accuracies"),
     "8": _figure("dcr.analyses.drawings:scaling"),
     "9": _figure("dcr.report.curves:over_sft", "9"),
-    OPERATING: _figure("dcr.report.trade_offs:operating_points"),
+    OPERATING: _figure("dcr.report.operating:figure"),
     "claims": Section("dcr.analyses.verdicts:claims", (), "claims", ("csv",), in_terminal=True),
     "seeds": Section("dcr.report.tables:over_seeds", in_terminal=True),
     "trade-off": Section("dcr.report.trade_offs:trade_offs"),
@@ -133,7 +135,8 @@ class Selection:
     def of(
         cls, records: "Sequence[RunRecord]", margin: float = MARGIN, data: str | None = None
     ) -> "Selection":
-        from dcr.report.records import Completions, columns_of, seed_groups
+        from dcr.report.columns import columns_of, seed_groups
+        from dcr.report.records import Completions
 
         columns, notes = columns_of(records), [note for run in records for note in run.notes]
         counts = {
@@ -154,6 +157,18 @@ class Selection:
         from dcr import results
 
         return results.load([run.folder for run in self.records if run.evaluations])
+
+    @cached_property
+    def styles(self) -> "Styles":
+        from dcr.report.columns import run_styles
+
+        return run_styles(self.records)
+
+    def leave_out(self, figure: str, lack: str, runs: "Sequence[RunRecord]") -> None:
+        """Notes which runs a figure shows nothing of, and what they lack."""
+        from dcr.report.records import folders
+
+        self.notes.extend(f"figure {figure}: no {lack} in {folders([run])}" for run in runs)
 
     def section(self, name: str, section: Section | None = None) -> Any:
         """Makes a section of these runs once and remembers it; an empty result is falsy."""

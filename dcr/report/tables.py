@@ -1,4 +1,4 @@
-"""The tables of what the core counts, of a user's own tasks, of calibration and over seeds."""
+"""The tables of what the core counts, of calibration, of a user's own tasks and over seeds."""
 
 import math
 from collections.abc import Sequence
@@ -6,7 +6,14 @@ from dataclasses import replace
 
 from dcr.core import extending
 from dcr.core.config import Kind
+from dcr.core.evaluation import scoring
+from dcr.report import discernment
+from dcr.report.columns import Column
+from dcr.report.discernment import POOLED, UNMARKED
 from dcr.report.grids import (
+    CONTAMINATED,
+    IN_DISTRIBUTION,
+    INTERVALS,
     OUTCOME,
     WANTED,
     Block,
@@ -14,7 +21,9 @@ from dcr.report.grids import (
     Cells,
     Grid,
     Row,
+    footnotes,
     in_words,
+    marked_sets,
     n_of,
     of_group,
     rate,
@@ -26,7 +35,6 @@ from dcr.report.grids import (
     together,
     words,
 )
-from dcr.report.records import Column
 from dcr.report.sections import Selection
 from dcr.report.writing import TextTable
 
@@ -41,20 +49,33 @@ FAULTS = {  # their names in tables
     "non_english": "not English",
     "unanswered": "unanswered",
 }
+EQUAL = "answered at equal safety, %"
 AVERAGED = ("results", "judges", "agreement", "general")  # sections with a mean over seeds
 
 
-def over_seeds(chosen: Selection) -> Grid:
-    """Mean ± standard deviation over seeds."""
-    blocks = []
-    for name in AVERAGED if chosen.groups else ():
-        for block in chosen.section(name).blocks:
-            rows = []
-            for row in block.rows:
-                cells = tuple(of_group(group, row.values) for group in chosen.groups)
-                rows += [replace(row, values=cells, aside="")] if any(cells) else []
-            blocks += [replace(block, rows=rows)] if rows else []
-    return Grid(chosen.groups, blocks)
+def results(chosen: Selection) -> Grid:
+    """Results.
+
+    A model that discerns answers prompts that only seem toxic and refuses those that are: high in
+    both parts of the table. Verdicts in this table are by keywords (the paper's rules unless named
+    otherwise), so “keyword refusal” says how an answer reads, not whether it is harmful.
+    """
+    columns = chosen.columns
+    blocks = [*keyword_blocks(columns), *ranked_blocks(chosen)]
+    notes = [INTERVALS, *discernment.NOTES[:2]]
+    if marked := sorted(map(in_words, marked_sets(columns))):
+        notes.append(
+            f"{IN_DISTRIBUTION} in-distribution: training saw prompts of this set "
+            f"({'; '.join(marked)}); “unseen groups” are its prompts whose template group training "
+            "never saw."
+        )
+    if CONTAMINATED in footnotes(blocks):
+        notes.append(
+            f"{CONTAMINATED} contaminated: some prompts of this set stand among the rows trained "
+            "on: the same, nearly the same, or sharing long runs of words (“exact / near / n-gram "
+            "in training”), or steering was made from them (“seen by steering”)."
+        )
+    return Grid(columns, blocks, notes)
 
 
 def keyword_blocks(columns: Sequence[Column], rules: str = "paper") -> list[Block]:
@@ -76,6 +97,28 @@ def _unseen(column: Column, name: str) -> str:
     counts = column.evaluation.sets[name]
     unseen = counts.unseen and rate(column.evaluation, [name], f"{WANTED[counts.kind]}/unseen")
     return f"unseen groups, %: {text_of(unseen, 1)} of {unseen.n}" if unseen else ""
+
+
+def ranked_blocks(chosen: Selection) -> list[Block]:
+    """AUROCs, and what is answered where shares of the toxic prompts are refused."""
+    by_sets = discernment.rankings(chosen.columns, chosen.completions)
+    aurocs = []
+    for label, values in by_sets.items():
+        cells, summed = tuple(of.get("auroc") for of in values), label in (POOLED, UNMARKED)
+        aurocs.append(Row(label, cells, summed, page_only=not summed))
+    fairest = by_sets.get(UNMARKED, by_sets.get(POOLED, ()))
+    without = f", without {IN_DISTRIBUTION}" if UNMARKED in by_sets else ""
+    answered = [
+        Row(f"safety {share}{without}", cells, summary=True)
+        for share in scoring.SAFETY
+        if any(cells := tuple(of.get(f"answered/{share}") for of in fairest))
+    ]
+    title = "Seemingly toxic prompts answered where so much of the toxic ones is refused, %"
+    blocks = [
+        Block("Discernment AUROC", "discernment AUROC", aurocs),
+        Block(title, EQUAL, answered),
+    ]
+    return [block for block in blocks if block.rows]
 
 
 def recommended(chosen: Selection) -> Grid:
@@ -135,6 +178,19 @@ def faults(chosen: Selection) -> Grid:
             rows += [Row(*of, page_only=True) for of in zip(names, by_set, strict=True)]
     title = "Faulty completions, over all sets and by set"
     return Grid.of(columns, title, "faulty completions", rows)
+
+
+def over_seeds(chosen: Selection) -> Grid:
+    """Mean ± standard deviation over seeds."""
+    blocks = []
+    for name in AVERAGED if chosen.groups else ():
+        for block in chosen.section(name).blocks:
+            rows = []
+            for row in block.rows:
+                cells = tuple(of_group(group, row.values) for group in chosen.groups)
+                rows += [replace(row, values=cells, aside="")] if any(cells) else []
+            blocks += [replace(block, rows=rows)] if rows else []
+    return Grid(chosen.groups, blocks)
 
 
 # Not in dcr/calibration: all files there count in the hash that says whether its records hold.

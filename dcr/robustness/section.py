@@ -3,24 +3,23 @@
 from collections.abc import Iterable
 from dataclasses import replace
 
-from dcr import inference
 from dcr.core.config import Kind
 from dcr.core.evaluation.sets import APART, set_name
 from dcr.outcomes import Outcome
 from dcr.report import outcomes
+from dcr.report.columns import Column
 from dcr.report.figures import Drawings
 from dcr.report.grids import (
     CONTAMINATED,
-    FOOTNOTES,
     IN_DISTRIBUTION,
     Block,
     Cell,
     Grid,
     Row,
-    any_marked,
+    footnotes,
     ranked,
+    share,
 )
-from dcr.report.records import Column
 from dcr.report.sections import Selection
 from dcr.results.frame import contaminated
 from dcr.robustness import words
@@ -50,8 +49,7 @@ def table(chosen: Selection) -> Grid:
     ordered = [Row(words(a), tuple(_auroc(c, a) for c in columns)) for a in attacks]
     if rows := [row for row in ordered if any(row.values)]:
         blocks.append(Block("Discernment AUROC under attack", "under attack: AUROC", rows))
-    notes = [f"{mark} {told}" for mark, told in FOOTNOTES.items() if any_marked(blocks, mark)]
-    return Grid(columns, blocks, notes)
+    return Grid(columns, blocks, [*map(" ".join, footnotes(blocks).items())])
 
 
 def bars(chosen: Selection) -> Drawings:
@@ -78,12 +76,12 @@ def _shares(column: Column, attack: str, kind: Kind) -> dict[Outcome, Cell]:
     of = column.evaluation.robustness.get(attack)
     sets = of.sets.items() if of else ()
     asked = {name: c for name, c in sets if c.kind is kind and name not in APART}
-    total, cells = sum(counts.n for counts in asked.values()), {}
-    for each in Outcome if total else ():
-        count = sum(counts.outcomes.get(each.value, 0) for counts in asked.values())
-        share, marks = inference.wilson(count, total), _marks(column, asked)
-        cells[each] = Cell(*vars(share).values(), n=total, marks=marks)
-    return cells
+    total, marks = sum(counts.n for counts in asked.values()), _marks(column, asked)
+    cells = {
+        each: share(sum(of.outcomes.get(each.value, 0) for of in asked.values()), total, marks)
+        for each in Outcome
+    }
+    return {each: cell for each, cell in cells.items() if cell}
 
 
 def _auroc(column: Column, attack: str) -> Cell | None:

@@ -2,9 +2,7 @@
 
 from collections.abc import Callable
 
-from dcr import inference
-from dcr.core.config import Kind
-from dcr.report.grids import Block, Cell, Grid, Row, set_names, together
+from dcr.report.grids import WANTED, Block, Grid, Row, plain, set_names, share, together
 from dcr.report.sections import Selection
 from dcr.results.schema import Thoughts
 
@@ -25,22 +23,16 @@ def table(chosen: Selection) -> Grid:
     keywords. A thought that was cut, or that the model ended without an answer, was ended for it.
     """
     columns, blocks = chosen.columns, []
-    for kind in (Kind.seemingly_toxic, Kind.toxic):
+    for kind in WANTED:
         names = together(set_names(columns, kind))
         known = [column.evaluation.thinking for column in columns]
         found = [[of[name] for name in names if name in of] for of in known]
         rows = [
-            Row(label, tuple(_share([count(of) for of in sets], sets) for sets in found))
+            Row(label, tuple(share(sum(map(count, of)), sum(s.n for s in of)) for of in found))
             for label, count in COUNTED.items()
         ]
-        named = kind.value.replace("_", " ")
+        named = plain(kind.value)
         if any(found):
             title = f"Thoughts on {named} prompts, all sets, %"
             blocks.append(Block(title, f"thoughts, {named}, %", rows))
     return Grid(columns, blocks)
-
-
-def _share(counts: list[int], sets: list[Thoughts]) -> Cell | None:
-    n = sum(of.n for of in sets)
-    found = inference.wilson(sum(counts), n) if n else None
-    return found and Cell(found.estimate, found.low, found.high, n=n)
