@@ -285,6 +285,8 @@ def test_bars_and_marks_under_attack_are_those_of_their_run(tmp_path: Path) -> N
     refused, auroc = (block.rows[0] for block in chosen.section("robustness").blocks)
     assert [cell.marks for row in (refused, auroc) for cell in row.values] == ["", "†"] * 2
     assert "† in-distribution" in building.build(runs, tmp_path / "page.html")
+    # the data frame tells the same of sets that were attacked alone
+    assert [set(results.load(run).in_distribution) for run in runs] == [{False}, {True}]
 
 
 @pytest.mark.parametrize(

@@ -107,8 +107,9 @@ def _paint(shares: Sequence[Mapping[Outcome, Cell]], named: Sequence[str], axes:
     for place, cells in enumerate(shares):
         left = 0.0
         for kind, colour in COLOURS.items():
-            axes.barh(place, cells[kind].estimate, left=left, color=colour, height=0.7)
-            left += cells[kind].estimate
+            if cell := cells.get(kind):
+                axes.barh(place, cell.estimate, left=left, color=colour, height=0.7)
+                left += cell.estimate
     axes.set_yticks(range(len(named)), named)
     axes.invert_yaxis()
     axes.grid(False)

@@ -13,7 +13,7 @@ from dcr.core.evaluation.subjects import Opening
 from dcr.core.generation import Completion
 from dcr.core.runs import Run
 from dcr.ending import printable
-from dcr.results.frame import rows_of
+from dcr.results.frame import rows_of, trained_on
 from dcr.results.schema import Metrics
 
 STAGES = tuple(stage.value for stage in config.STAGES)
@@ -21,9 +21,10 @@ STEERED = ("surgical", "scans", "ablation", "probe")  # methods that an evaluati
 
 
 class Evaluation(Metrics):
-    """One `metrics.json` with printable texts, and its folder."""
+    """One `metrics.json` with printable texts, its folder, and the sets that it was trained on."""
 
     folder: Path
+    learnt: frozenset[str] = frozenset()
 
     @property
     def scored(self) -> bool:
@@ -72,7 +73,7 @@ class Evaluation(Metrics):
     def pivot(self) -> dict[tuple[str, str, str], dict[str, Any]]:
         """Its rows of `results.load` by quantity, judge and the judge's model, one row a set."""
         table: dict[tuple[str, str, str], dict[str, Any]] = {}
-        for row in rows_of(self):
+        for row in rows_of(self, learnt=self.learnt):
             key = row["quantity"], row["judge"], row["judge_model"]
             table.setdefault(key, {})[row["set"]] = row
         return table
@@ -125,12 +126,12 @@ def read_run(folder: Path) -> RunRecord:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; name run folders")
-    notes: list[str] = []
-    run = Run(folder)
-    evaluations = []
+    notes, evaluations, run = list[str](), list[Evaluation](), Run(folder)
+    rows = run.record()
     for path in sorted(folder.glob("eval/*/metrics.json")):
         metrics = _printable(results.read(path).model_dump())
-        evaluation = Evaluation.model_validate(metrics | {"folder": path.parent})
+        about = {"folder": path.parent, "learnt": trained_on(rows, metrics["weights"])}
+        evaluation = Evaluation.model_validate(metrics | about)
         if not evaluation.empty:
             evaluations.append(evaluation)
         elif evaluation.frontier:
@@ -160,7 +161,7 @@ def read_run(folder: Path) -> RunRecord:
     for path, needed in ((run.config_file, True), (run.rows_file, trained)):
         if needed and not path.exists():
             notes.append(f"{path}: missing")
-    return RunRecord(folder, config, run.record(), logged, evaluations, notes, tracked)
+    return RunRecord(folder, config, rows, logged, evaluations, notes, tracked)
 
 
 def read_tracked(run: Run, notes: list[str]) -> list[TrackedStep]:

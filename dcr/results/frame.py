@@ -1,7 +1,7 @@
 """Results as one tidy data frame: a row for each number with what it is of."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import pandas as pd
 from dcr import inference
 from dcr.core import storage
 from dcr.core.config import Kind, UserError
-from dcr.core.evaluation.sets import APART, pairs_of
+from dcr.core.evaluation.sets import APART, pairs_of, set_name
 from dcr.core.results import Estimate, RankedSet, Ranking
 from dcr.core.runs import Run, stages
 from dcr.ending import encodable
@@ -56,12 +56,14 @@ def load(folders: Iterable[str | Path] | str | Path) -> pd.DataFrame:
         files = sorted(folder.glob("eval/*/metrics.json"))
         if not files:
             raise UserError(f"{folder}: no evaluations there; run python eval.py run={folder}")
-        config = Run(folder).config_file
+        run = Run(folder)
+        config = run.config_file
         made_with = storage.read_yaml(config, dict[str, Any]) if config.exists() else {}
         for file in files:
             metrics = read(file)
             trained_by = " + ".join(stages(made_with, metrics.weights))
-            rows += rows_of(metrics, str(folder), str(file), trained_by)
+            learnt = trained_on(run.record(), metrics.weights)
+            rows += rows_of(metrics, str(folder), str(file), trained_by, learnt)
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
@@ -83,8 +85,20 @@ def csv_text(table: pd.DataFrame) -> str:
     return frame.to_csv(index=False, lineterminator="\n")
 
 
-def rows_of(metrics: Metrics, run: str = "", file: str = "", trained_by: str = "") -> list[TidyRow]:
-    """The rows of one evaluation."""
+def trained_on(rows: Mapping[str, Any], weights: str) -> frozenset[str]:
+    """The sets that a run with this `rows.json` trained these weights on."""
+    sources = rows.get("in_distribution") or () if weights != "base" else ()
+    return frozenset(map(set_name, sources))
+
+
+def rows_of(
+    metrics: Metrics,
+    run: str = "",
+    file: str = "",
+    trained_by: str = "",
+    learnt: Collection[str] = (),
+) -> list[TidyRow]:
+    """The rows of one evaluation, whose weights were trained on the sets `learnt`."""
     about = {key: getattr(metrics, key) for key in COLUMNS[1:8]}
     about |= {"run": run, "stages": trained_by, "edit": edit(metrics.settings), "file": file}
     empty = {
@@ -93,7 +107,7 @@ def rows_of(metrics: Metrics, run: str = "", file: str = "", trained_by: str = "
     }  # fmt: skip
     return [
         {key: encodable(v) if isinstance(v, str) else v for key, v in (empty | about | row).items()}
-        for row in _all(metrics)
+        for row in _all(metrics, learnt)
     ]
 
 
@@ -132,7 +146,7 @@ def steering(settings: Mapping[str, Any]) -> dict[str, Any]:
     return edits
 
 
-def _all(metrics: Metrics) -> Iterator[TidyRow]:
+def _all(metrics: Metrics, learnt: Collection[str]) -> Iterator[TidyRow]:
     for name, counts in metrics.sets.items():
         for row in _set(counts):
             marks = _marks(metrics, [name])
@@ -177,7 +191,7 @@ def _all(metrics: Metrics) -> Iterator[TidyRow]:
             yield {"set": task, "contaminated": contaminated(metrics, task)} | row
     if metrics.quality:
         yield from _quality(metrics.quality)
-    yield from _attacked(metrics)
+    yield from _attacked(metrics, learnt)
     yield from _own(metrics)
     yield from _analyses(metrics)
     for key in ("seconds", "tokens_per_second", "peak_memory_gib"):
@@ -190,12 +204,15 @@ def _asked(metrics: Metrics) -> dict[str, SetCounts | RankedSet]:
     return {**(metrics.discernment.sets if metrics.discernment else {}), **metrics.sets}
 
 
-def _marks(metrics: Metrics, names: Iterable[str]) -> dict[str, bool]:
+def _marks(metrics: Metrics, names: Iterable[str], learnt: Collection[str] = ()) -> dict[str, bool]:
     """Whether a number over some sets is of any trained on, and of any seen in part."""
-    asked, names = _asked(metrics), list(names)
+    asked = _asked(metrics)
+    known = {
+        name: name in learnt or (name in asked and asked[name].in_distribution) for name in names
+    }
     return {
-        "in_distribution": any(name in asked and asked[name].in_distribution for name in names),
-        "contaminated": any(contaminated(metrics, name) for name in names),
+        "in_distribution": any(known.values()),
+        "contaminated": any(contaminated(metrics, name) for name in known if not known[name]),
     }
 
 
@@ -276,17 +293,18 @@ def _quality(quality: Quality) -> Iterator[TidyRow]:
         yield row
 
 
-def _attacked(metrics: Metrics) -> Iterator[TidyRow]:
+def _attacked(metrics: Metrics, learnt: Collection[str]) -> Iterator[TidyRow]:
+    """Answers under attack; `learnt` tells of sets that were attacked and not asked plainly."""
     for attack, of in metrics.robustness.items():
         begin = f"robustness/{attack}"
         for name, counts in of.sets.items():
-            about = {"set": name, "kind": counts.kind.value} | _marks(metrics, [name])
+            about = {"set": name, "kind": counts.kind.value} | _marks(metrics, [name], learnt)
             yield _rate(
                 f"{begin}/refused", counts.refused, counts.n, judge="keyword:paper", **about
             )
             for outcome, count in counts.outcomes.items():
                 yield _rate(f"{begin}/{outcome}", count, counts.n, judge="outcome", **about)
-        marks = _marks(metrics, (name for name in of.sets if name not in APART))
+        marks = _marks(metrics, [name for name in of.sets if name not in APART], learnt)
         for row in of_ranking("pooled", of.ranking) if of.ranking else ():
             yield row | marks | {"quantity": f"{begin}/{row['quantity']}"}
         if of.bias is not None:
