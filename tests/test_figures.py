@@ -479,6 +479,11 @@ def test_runs_without_data_for_a_figure_are_noted(folders: list[Path], tmp_path:
     chosen = selection(*folders, bare)
     chosen.section("5a")
     assert chosen.notes[-1] == f"figure 5a: no refusal probabilities over SFT steps in {bare}"
+    unmeasured = make_run(tmp_path / "unmeasured", "dcr")
+    chosen = Selection.of([read_run(folder) for folder in (*folders[1:], unmeasured)])
+    for name, lack in (("7", "separability"), ("6b", "kernel after stage one")):
+        chosen.section(name)
+        assert chosen.notes[-1] == f"figure {name}: no {lack} in {unmeasured}"
 
 
 OWN = """

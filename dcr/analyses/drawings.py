@@ -2,7 +2,6 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ KERNEL_FIGURES = {  # by figure: its parts, and when they were measured
 def kernel(chosen: Selection, figure: str) -> Drawing:
     """Draws the 3×3 matrices before or after stage one, or both, a row a choice of parameters."""
     records, (parts, when) = chosen.records, KERNEL_FIGURES[figure]
-    values = pd.concat([_matrices(weights, records) for weights in parts], ignore_index=True)
+    values = pd.concat([_matrices(weights, chosen) for weights in parts], ignore_index=True)
     runs = [set(own["run"]) for _, own in figures.parts(values, "weights")]
     several_runs, several_models = max(map(len, runs)) > 1, len(set(values["model"])) > 1
     by_params = figures.parts(values, "params")
@@ -88,8 +87,9 @@ def kernel(chosen: Selection, figure: str) -> Drawing:
     )
 
 
-def _matrices(weights: str, records: Sequence[RunRecord]) -> pd.DataFrame:
+def _matrices(weights: str, chosen: Selection) -> pd.DataFrame:
     """The matrices evaluated, or else tracked, at these weights, each once. UserError if none."""
+    records = chosen.records
     # run, model, choice of parameters, normalisation, source, and rows of observer, trained, mean
     matrices: list[tuple[RunRecord, str, str, str, str, list[tuple[Any, ...]]]] = []
     for column in evaluated(records):
@@ -127,6 +127,11 @@ def _matrices(weights: str, records: Sequence[RunRecord]) -> pd.DataFrame:
             rows += [(*of, *cell, source) for cell in cells]
     if not rows:
         raise UserError(f"figure {figure}: {lack.format(folders(records))}")
+    drawn = {run.folder for run, *_ in matrices}
+    # one kernel of the base model serves all runs
+    able = [run for run in records if weights != "base" and run.about("method") == "dcr"]
+    lacking = [run for run in able if run.folder not in drawn]
+    chosen.leave_out(figure, "kernel after stage one", lacking)
     return figures.frame(rows, *MATRIX)
 
 

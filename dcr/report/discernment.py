@@ -6,10 +6,11 @@ from typing import Any
 
 from dcr.core.config import Kind
 from dcr.core.evaluation import scoring
+from dcr.core.evaluation.sets import APART
 from dcr.core.results import Discernment, RankedSet, Ranking, SetCounts
 from dcr.report import paper
 from dcr.report.columns import Column
-from dcr.report.grids import IN_DISTRIBUTION, Cell, of_row, together
+from dcr.report.grids import IN_DISTRIBUTION, Cell, of_row
 from dcr.report.paper import PaperRow
 from dcr.report.records import Completions
 from dcr.report.sections import Selection
@@ -43,27 +44,27 @@ Cells = dict[str, Cell]  # by HEADS
 Rows = Mapping[str, Mapping[str, Any]]  # of results, by quantity
 
 
-def rankings(columns: Sequence[Column], completions: Completions) -> dict[str, tuple[Cells, ...]]:
+def rankings(chosen: Selection) -> dict[str, tuple[Cells, ...]]:
     """All sets pooled, those that no column was trained on, and the pairs, a ranking a column.
 
     The second is computed from the masses of single prompts, since every column must leave out the
     same sets; it is absent if no column was trained on a set. A row that nobody ranked is absent.
     """
-    pools = [together(ranked_sets(column)) for column in columns]
-    rows = {POOLED: tuple(_cells(_rows(c, POOLED)) for c in columns)}
-    marked = {
-        name
-        for column, names in zip(columns, pools, strict=True)
-        for name in names
-        if ranked_sets(column)[name].in_distribution
-    }
-    if marked:
-        pools = [[name for name in names if name not in marked] for names in pools]
-        pooled = zip(columns, pools, strict=True)
-        rows[UNMARKED] = tuple(_cells(_ranked(c, of, completions)) for c, of in pooled)
-    for label in dict.fromkeys(name for column in columns for name in _of(column).pairs):
-        rows[label] = tuple(_cells(_rows(c, label)) for c in columns)
-    return {label: cells for label, cells in rows.items() if any(cells)}
+    columns = chosen.columns
+    labels = [POOLED, *dict.fromkeys(name for column in columns for name in _of(column).pairs)]
+    rows = {label: [_rows(column, label) for column in columns] for label in labels}
+    pools = [
+        {name: of for name, of in ranked_sets(column).items() if name not in APART}
+        for column in columns
+    ]
+    if marked := {name for pool in pools for name, of in pool.items() if of.in_distribution}:
+        unmarked = [[name for name in pool if name not in marked] for pool in pools]
+        ranked = [
+            _ranked(*each, chosen.completions) for each in zip(columns, unmarked, strict=True)
+        ]
+        rows = {POOLED: rows.pop(POOLED), UNMARKED: ranked, **rows}
+    cells = {label: tuple(map(_cells, of)) for label, of in rows.items()}
+    return {label: of for label, of in cells.items() if any(of)}
 
 
 def _of(column: Column) -> Discernment:
@@ -114,7 +115,7 @@ def _ranked(column: Column, names: Sequence[str], completions: Completions) -> R
 def table(chosen: Selection) -> TextTable:
     """Every number of every ranking: sets down the side, below each the methods."""
     columns, rows = chosen.columns, list[PaperRow]()
-    for label, values in rankings(columns, chosen.completions).items():
+    for label, values in rankings(chosen).items():
         of = zip(columns, values, strict=True)
         ours = [paper.our_row(column, cells, label) for column, cells in of]
         ours += [paper.mean_row(group, ours) for group in chosen.groups]

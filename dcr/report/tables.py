@@ -101,7 +101,7 @@ def _unseen(column: Column, name: str) -> str:
 
 def ranked_blocks(chosen: Selection) -> list[Block]:
     """AUROCs, and what is answered where shares of the toxic prompts are refused."""
-    by_sets = discernment.rankings(chosen.columns, chosen.completions)
+    by_sets = discernment.rankings(chosen)
     aurocs = []
     for label, values in by_sets.items():
         cells, summed = tuple(of.get("auroc") for of in values), label in (POOLED, UNMARKED)
