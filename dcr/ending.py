@@ -159,6 +159,8 @@ def own_output() -> Any:
 @contextmanager
 def safe_output() -> Iterator[None]:
     """Prints through SafeOutput, and also prints tracebacks without secrets."""
+    if hasattr(sys.stdout, "reconfigure"):  # a letter that the terminal lacks stops no command
+        sys.stdout.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
     with redirect_stdout(SafeOutput(sys.stdout)):  # pyright: ignore[reportArgumentType]
         sys.excepthook = lambda _, error, __: print_traceback(error)
         yield

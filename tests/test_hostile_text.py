@@ -4,8 +4,10 @@ Control tokens are tested where there is a template: test_prompts and test_guard
 tables of a report escape theirs.
 """
 
+import io
 import json
 import logging
+import sys
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -148,6 +150,14 @@ def test_keys_of_the_environment_and_control_codes_reach_no_output(
         for forbidden in ("\x1b", "\x07", KEY, "dXNlcjpzZWNyZXQ"):
             assert forbidden not in seen
         assert "short basic understanding Basic [removed]" in seen
+
+
+def test_a_letter_that_a_terminal_lacks_stops_no_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(terminal, encoding="ascii"))
+    with ending.safe_output():
+        print("STL → DCR", flush=True)
+    assert terminal.getvalue() == b"STL ? DCR\n"
 
 
 def test_a_traceback_is_printed_without_secrets(

@@ -82,8 +82,6 @@ def main(options: Options) -> None:
     table = building.build(
         options.folders, out, wanted, margin=options.margin, data=options.data, own=own
     )
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # pyright: ignore
     print(f"{table}\n\npage: {out}")
 
 
