@@ -125,6 +125,18 @@ def test_a_failed_save_leaves_the_old_folder(tmp_path: Path) -> None:
     assert [p.name for p in folder.iterdir()] == ["b"]
 
 
+def test_the_folder_in_which_one_stands_is_filled_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "result"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    with storage.replaced_folder(folder) as staging:
+        (staging / "a").write_text("new")
+    assert os.listdir() == ["a"]
+    assert [p.name for p in tmp_path.iterdir()] == ["result"]
+
+
 def test_a_failed_exchange_puts_the_old_folder_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -195,6 +195,11 @@ def _exchange(staging: Path, folder: Path) -> None:
     if not folder.exists():
         os.replace(staging, folder)
         return
+    if os.path.samefile(folder, os.curdir) and not os.listdir(folder):
+        for part in sorted(staging.iterdir()):  # a shell that stands there would be left nowhere
+            os.replace(part, folder / part.name)
+        staging.rmdir()
+        return
     aside = staging.with_name(f"{staging.name}{ASIDE}")
     os.replace(folder, aside)
     try:
