@@ -147,7 +147,7 @@ def test_sft_rows_are_the_same_for_every_ratio_and_method(files: Files) -> None:
         (2, {"safe": 9}, "data.seemingly_toxic.count asks for 10 rows: only 9"),
         (2, {"normal": 39}, "data.normal.count asks for 40 rows: only 39"),
         (2, {"toxic": 19}, "data.safety.count asks for 20 rows: only 19"),
-        (0.01, {}, "no toxic row is left for stage one"),
+        (0.01, {}, r"no toxic row is left for stage one; dcr\.ratio=0\.01 asks for none; raise it"),
     ],
 )
 def test_too_few_rows_are_named(
@@ -155,6 +155,17 @@ def test_too_few_rows_are_named(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         split(files.config(**change), ratio=ratio)
+
+
+def test_a_holdout_of_all_rows_is_the_setting_to_lower(files: Files) -> None:
+    config = dataclasses.replace(files.config(), group_holdout=0.999)
+    why = r"asks for 10 rows: only 0 are left and 30 held out by data\.group_holdout; ask for fewer"
+    with pytest.raises(ConfigError, match=why):
+        split(config)
+    config.seemingly_toxic.count = None
+    why = r"no seemingly toxic row is left .*; data\.group_holdout=0\.999 holds out all; lower it"
+    with pytest.raises(ConfigError, match=why):
+        split(config)
 
 
 def test_defaults_give_way_to_what_there_is(files: Files) -> None:

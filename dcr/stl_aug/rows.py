@@ -40,6 +40,10 @@ def added(settings: TrainConfig, rows: Splits, cleaning: Cleaning) -> Splits:
     left = without(answers, [row for part in pairs for row in part])
     if len(left) < len(answers):
         cleaning.dropped["augmented: is a prompt of SFT already"] += len(answers) - len(left)
+    if not left and unseen and not answers:
+        raise ConfigError(
+            f"data.group_holdout={config.group_holdout}: holds out every row of stl_aug; lower it"
+        )
     if not left:
         raise ConfigError(
             f"stl_aug.responses={named}: every row is a prompt of SFT or of an evaluation set; "

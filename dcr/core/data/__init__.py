@@ -124,17 +124,18 @@ class Cleaning:
         return self.once(node, rows)
 
     def draw(
-        self, rows: list[Example], count: int | None, asked: str
+        self, rows: list[Example], count: int | None, asked: str, unseen: Sequence[Example] = ()
     ) -> tuple[list[Example], list[Example]]:
         """`count` rows (all for None) and those left, both in drawn order.
 
-        `asked` is the setting that asks for them. Where there are fewer it gives way, or raises
-        ConfigError if it is none of `at_most`.
+        `asked` is the setting that asks for them, `unseen` the rows of groups held out. Where there
+        are fewer it gives way, or raises ConfigError if it is none of `at_most`.
         """
         if count is not None and count > len(rows):
             named = f"{asked} asks for {count} rows"
             if asked.partition("=")[0] not in self.at_most:
-                raise ConfigError(f"{named}: only {len(rows)} are left; ask for fewer")
+                held = f" and {len(unseen)} held out by data.group_holdout" if unseen else ""
+                raise ConfigError(f"{named}: only {len(rows)} are left{held}; ask for fewer")
             self.fewer[named] = len(rows)
         drawn = _shuffled(rows, self.seed)
         return drawn[:count], drawn[count:] if count is not None else []
@@ -290,15 +291,17 @@ def _with_stage_one(
         toxic, toxic_unseen = sources.split_by_group(toxic, config.group_holdout, seed)
         unseen = (_shuffled(safe_unseen, seed), _shuffled(toxic_unseen, seed))
     count = config.seemingly_toxic.count
-    safe, safe_left = cleaning.draw(safe, count, "data.seemingly_toxic.count")
+    safe, safe_left = cleaning.draw(safe, count, "data.seemingly_toxic.count", unseen[0])
     asked = None if ratio is None else round(ratio * len(safe))
-    toxic, toxic_left = cleaning.draw(toxic, asked, f"dcr.ratio={ratio}")
-    for name, drawn in (("seemingly toxic", safe), ("toxic", toxic)):
+    toxic, toxic_left = cleaning.draw(toxic, asked, f"dcr.ratio={ratio}", unseen[1])
+    for name, drawn, held in (("seemingly toxic", safe, unseen[0]), ("toxic", toxic, unseen[1])):
         if not drawn:
-            raise ConfigError(
-                f"data: no {name} row is left for stage one; name another source, or leave it some "
-                "with a lower data.safety.count"
-            )
+            cure = "name another source, or leave it some with a lower data.safety.count"
+            if drawn is toxic and asked == 0:
+                cure = f"dcr.ratio={ratio} asks for none; raise it"
+            elif held:
+                cure = f"data.group_holdout={config.group_holdout} holds out all; lower it"
+            raise ConfigError(f"data: no {name} row is left for stage one; {cure}")
     heldout = [
         (unseen[0] or safe_left)[:HELD_OUT_PAIRS],
         (unseen[1] or toxic_left)[:HELD_OUT_PAIRS],
