@@ -351,7 +351,8 @@ def _print_sweep(outcomes: list[Outcome]) -> None:
             what = single_line(outcome.error) or type(outcome.error).__name__
             errors.append(f"{job}: {what}")
     Console(stderr=True, markup=False, emoji=False).print(table)
-    print(*errors, sep="\n", file=sys.stderr)
+    for line in errors:
+        print(line, file=sys.stderr)
 
 
 def output_folder() -> Path:

@@ -122,6 +122,7 @@ def test_a_sweeps_table_shows_values_as_they_are_written(
     cli._print_sweep(outcomes)
     shown = capfd.readouterr().err
     assert [value for value in values if value not in shown] == []
+    assert shown.rstrip("\n").count("\n") == shown.count("\n") - 1, "no empty line at the end"
 
 
 def test_a_sweep_goes_on_after_a_bad_job_and_sums_up(command: Command, tmp_path: Path) -> None:
