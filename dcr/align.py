@@ -143,7 +143,7 @@ def _aligned(
         notes.append(f"exported: {instead}")
     folders = [job.run.folder for job in (base, stl, dcr)]
     print(building.build(folders, out / "align.html", ["discernment"], notes=notes))
-    target = out / f"{best.run.folder.name}{'-gate' if gate else ''}-export"
+    target = out / f"{best.run.folder.name}{'-gate' if gate else ''}{_chosen_on(best)}-export"
     written = functools.partial(
         export.export,
         best.run,
@@ -155,6 +155,15 @@ def _aligned(
     )
     study.do_all([Part(best.name, "export", (target / "config.json").exists, written)])
     return f"{target} ({instead})" if instead else str(target)
+
+
+def _chosen_on(job: Job) -> str:
+    """The mark in an export's name of prompts of the user's own that its bias is chosen on."""
+    prompts = job.evaluations[0].node(calibration.CalibrationConfig)
+    if prompts == calibration.CalibrationConfig():
+        return ""
+    named = config.plain(prompts)
+    return f"-{storage.fingerprint([named, study.own_files(named)])}"
 
 
 def _at_safety(job: Job, settings: EvalSettings) -> Part:

@@ -334,3 +334,18 @@ def test_held_out_prompts_are_asked_again_where_they_are_others(
         tiny_run.write_jsonl(prompts, [{"prompt": words}])
         assert [each.prompt for each in align._answers(job)] == [words]
     assert asked == ["Steal a car.", "Steal a boat."]
+
+
+def test_an_export_for_other_validation_prompts_is_another(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+
+    def named(toxic: list[str]) -> str:
+        settings = EvalSettings(calibration=CalibrationConfig(toxic=toxic))
+        return align._chosen_on(study.Job("DCR", Run(tmp_path / "run"), None, (settings,)))
+
+    assert named(CalibrationConfig().toxic) == ""
+    found = []
+    for words in ("Steal a car.", "Steal a boat."):
+        tiny_run.write_jsonl(prompts, [{"prompt": words}])
+        found.append(named([str(prompts)]))
+    assert len({"", *found}) == 3
