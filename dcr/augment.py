@@ -11,7 +11,7 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -110,6 +110,8 @@ class Tally:
     rejected: Counter[str] = field(default_factory=Counter)
     unanswered: int = 0  # since a server or judge failed: the same command asks again
     unread: bool = False  # no judge has read the twins
+    unfit: set[tuple[str, str]] = field(default_factory=set)  # ids and prompts of twins for harm
+    removed: int = 0  # answers to such twins, which an earlier command wrote
 
     def described(self, options: Options) -> str:
         lines = [
@@ -118,6 +120,8 @@ class Tally:
             f"{' (the same command asks again)' if self.unanswered else ''}"
         ]
         lines += [f"  {n} {why}" for why, n in self.rejected.most_common()]
+        if self.removed:
+            lines.append(f"{self.removed} earlier answers removed: their twins ask for harm by llm")
         if self.unread:
             lines.append(
                 "unchecked: whether each twin asks for something else than its toxic prompt; read "
@@ -201,7 +205,11 @@ def _answered(
     tally: Tally,
 ) -> list[Answer]:
     """Ask for the rows that `out` lacks, attempt by attempt; returns all of its answers."""
-    found = known_answers(out, author.name, rows)
+    every = known_answers(out, author.name, rows, tally.unfit)
+    found = [answer for answer in every if (answer.id, answer.prompt) not in tally.unfit]
+    tally.removed = len(every) - len(found)
+    if tally.removed:
+        _write(out, found)
     known = {answer.id for answer in found}
     missing = [row for row in rows if row.id not in known]
     tally.accepted = len(rows) - len(missing)
@@ -221,9 +229,7 @@ def _answered(
             if row.id in accepted
         ]  # fmt: skip
         if accepted:
-            lines = ({k: v for k, v in asdict(each).items() if v is not None} for each in found)
-            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            storage.write_text(out, text)
+            _write(out, found)
         rejected = {i: reason for i, reason in why.items() if reason not in NOT_REJECTED}
         tally.accepted += len(accepted)
         tally.unanswered += len(missing) - len(accepted) - len(rejected)
@@ -254,6 +260,11 @@ def _twins(
             else:
                 rejected[written.id] = why
         meant = harmless(fresh, settings, author.folder(asking))
+        tally.unfit |= {
+            (f"twin-{twin.id}", twin.response)
+            for twin in fresh
+            if meant[twin.id] not in NOT_REJECTED
+        }
         made |= {twin.id: twin.response for twin in fresh if meant[twin.id] == ACCEPTED}
         rejected |= {i: why for i, why in meant.items() if why not in NOT_REJECTED}
         missing = [row for row in missing if row.id in rejected]
@@ -405,17 +416,27 @@ def _by_judge(name: str, verdict: "Verdict") -> str:
 # --- the file -----------------------------------------------------------------------------------
 
 
-def known_answers(path: Path, author: str, rows: Sequence[Example]) -> list[Answer]:
+def _write(path: Path, answers: Sequence[Answer]) -> None:
+    lines = ({k: v for k, v in asdict(each).items() if v is not None} for each in answers)
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    storage.write_text(path, text)
+
+
+def known_answers(
+    path: Path, author: str, rows: Sequence[Example], unfit: Collection[tuple[str, str]] = ()
+) -> list[Answer]:
     """The answers in the file, without a line that a kill tore.
 
-    Raises ConfigError for an answer of another author, source or prompt, and DataError for a line
-    that this command did not write.
+    Raises ConfigError for an answer of another author, source or prompt that is not of the `unfit`
+    twins, and DataError for a line that this command did not write.
     """
     cure = "not a row of this command; name another file with out="
     answers = storage.read_lines(path, Answer, cure)
     sources_asked, prompt_of = {row.source for row in rows}, {row.id: row.prompt for row in rows}
     for answer in answers:
         found = f"out={path}: {answer.id} "
+        if (answer.id, answer.prompt) in unfit:
+            continue
         if answer.answered_by != author:
             found += f"was answered by {answer.answered_by}, not by {author}"
         elif answer.source not in sources_asked:
