@@ -10,7 +10,7 @@ import yaml
 
 from dcr import looks
 from dcr.core import data as splits
-from dcr.core import sources
+from dcr.core import sources, storage
 from dcr.core.config import DataError, EvaluationSets, Kind
 from dcr.core.evaluation import sets
 from dcr.core.sources import SOURCES, is_final, table
@@ -115,6 +115,18 @@ def test_a_look_is_counted_once_for_each_of_the_weights(rows: Path) -> None:
     plan.write_text(plan.read_text() + "others: [x]\n")
     assert len(look("a")) == 3, "another plan is another look"
     assert counting.Counted().recorded(settings)["plan"].startswith("plan.yaml@")
+
+
+def test_a_plan_may_lie_in_the_folder_of_the_run_and_leaves_no_lock_beside_it(
+    tmp_path: Path,
+) -> None:
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(yaml.safe_dump(PLAN))
+    with storage.locked(tmp_path):  # as an evaluation holds its run
+        counting.count(plan, "run", "weights", ["safety"], {"mine": 1})
+    (tmp_path / ".lock").unlink()
+    counting.count(plan, "other", "weights", ["safety"], {"mine": 1})
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["plan.looks.jsonl", "plan.yaml"]
 
 
 @real

@@ -91,7 +91,7 @@ def count(
     """Adds a look to the ledger of a plan, unless the same one stands there."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     look = Look(now, _digest(plan), run, weights, sorted(tasks), dict(sizes))
-    with storage.locked(plan.parent):
+    with storage.in_turn(plan.parent):
         if not any(look.repeats(before) for before in _looks(plan)):
             storage.append_lines(ledger(plan), [look])
 
