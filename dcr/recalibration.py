@@ -5,7 +5,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from dcr import entry
+from dcr import entry, gating
 from dcr.calibration import CalibrationConfig, relations
 from dcr.core import machine, prompts, storage
 from dcr.core.config import ConfigError, Language, ModelConfig, Precision
@@ -92,6 +92,11 @@ def _settings(options: Options) -> EvalSettings:
         raise ConfigError(
             f"model={folder}: is a run's own, which stays as it was made; export it, with "
             "python -m dcr.export calibrate="
+        )
+    if (folder / "gate" / gating.RECORD).exists():
+        raise ConfigError(
+            f"model={folder}: holds a gate, and a bias is chosen on answers without one; move "
+            "gate/ away to answer without it"
         )
     asked = machine.settled({"evaluation": Precision(options.precision)})
     settings = EvalSettings(

@@ -453,3 +453,5 @@ def test_a_tuned_folder_gets_a_bias_of_its_own_for_the_share(
     count = sum(fork.refused(record["bias"]) for fork in forks)
     assert record["sets"]["contrasts_toxic_heldout"]["refused"] == count >= 0.4 * len(forks)
     assert f"bias {record['bias']:+.3f}" in ended.out
+    storage.write_json(folder / "gate" / "gate.json", {})
+    assert "holds a gate, and a bias is chosen" in command("dcr.recalibration", *words).error

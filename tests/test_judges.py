@@ -13,6 +13,7 @@ from sklearn.metrics import cohen_kappa_score
 
 from dcr import keywords
 from dcr.core.config import ConfigError, Kind, UserError
+from dcr.core.evaluation.protocols import Judge
 from dcr.core.evaluation.sets import PromptSet
 from dcr.core.generation import Completion
 from dcr.endpoints import HTTPConfig, ServerConfig
@@ -358,6 +359,19 @@ def test_a_judge_that_answers_nothing_is_no_judge(serve: Serve, tmp_path: Path, 
     broken.set()
     found = judges.judge(name, node, {"one": rows}, tmp_path, False)["one"]
     assert [v.status for v in found] == ["ok", "error"]
+
+
+@pytest.mark.parametrize(("labels", "told"), [(2, "no label for id-2"), (4, "more labels than")])
+def test_a_judge_of_ones_own_gives_each_answer_a_label(labels: int, told: str) -> None:
+    class Own(Judge):
+        labels = ("a",)
+
+        def judge(self, answers: Any) -> list[str]:
+            return ["a"] * labels
+
+    answers = [answer(f"id-{number}") for number in range(3)]
+    with pytest.raises(ConfigError, match=told):
+        list(judges._by_own("mine:Own", Own(), answers))
 
 
 def test_a_judge_that_fails_midway_keeps_what_it_said(serve: Serve, tmp_path: Path) -> None:

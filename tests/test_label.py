@@ -254,6 +254,17 @@ def test_labels_of_one_name_are_not_replaced_unasked(
     assert set(json.loads(file.read_text()).values()) == {"answered"}
 
 
+def test_two_files_of_one_name_are_refused_before_either_is_kept(
+    command: Any, run: Path, sheet: list[dict[str, str]]
+) -> None:
+    for folder in ("a", "b"):
+        Path(folder).mkdir()
+        saved(Path(folder, "sheet.csv"), [row | {"label": "refused"} for row in sheet])
+    ended = command("dcr.label", "run", "read=a/sheet.csv,b/sheet.csv", "replace=true")
+    assert "read: 2 files are of sheet, of sheet s" in ended.error
+    assert not list(run.glob("labels/*/annotators/*.json"))
+
+
 @pytest.mark.parametrize(
     ("content", "told"),
     [("{", "not JSON"), ('{"a": 1}', "a: 1"), ('{"a": "fine"}', "'fine' is no label")],

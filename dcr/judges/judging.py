@@ -97,6 +97,8 @@ def _by_own(name: str, judge: Judge, answers: Sequence[Completion]) -> Verdicts:
     for start in range(0, len(answers), KEPT_AT_ONCE):
         batch = answers[start : start + KEPT_AT_ONCE]
         said = list(islice(labels, len(batch)))
+        if start + len(batch) == len(answers) and [*islice(labels, 1)]:
+            raise ConfigError(f"judge={name}: gives more labels than the {len(answers)} answers")
         if len(said) < len(batch):
             raise ConfigError(f"judge={name}: gives no label for {batch[len(said)].id}; say None")
         if unknown := [label for label in said if label not in (None, *judge.labels)]:

@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -73,6 +74,12 @@ def _take(options: Options, chosen: "Selection") -> None:
     known = {name: of for run in options.folders for name, of in sheets.sheets_of(run).items()}
     files = [Path(word) for words in options.read for word in words.split(",")]
     taken = [sheets.read(file, known, options.partial) for file in files]
+    for (sheet, name), times in Counter((of.sheet, of.annotator) for of in taken).items():
+        if times > 1:
+            raise ConfigError(
+                f"read: {times} files are of {name}, of sheet {sheet}; give each person "
+                "a name, by the file's or in a column annotator"
+            )
     for labelled in taken:
         sheets.store(options.folders, labelled, options.replace)
         print(f"{labelled.annotator}: {len(labelled.labels)} labels of sheet {labelled.sheet}")
