@@ -15,7 +15,8 @@ from collections import defaultdict
 from pathlib import Path
 
 from dcr.core import sources, storage
-from dcr.core.config import Kind, ReadoutConfig
+from dcr.core.config import Kind
+from dcr.core.config.training import ReadoutConfig
 from dcr.core.sources import Example
 
 KINDS = (Kind.seemingly_toxic, Kind.toxic)

@@ -33,7 +33,8 @@ import training
 
 from dcr import extensions
 from dcr.core import storage
-from dcr.core.config import Stage, TrainConfig
+from dcr.core.config import Stage
+from dcr.core.config.training import TrainConfig
 from dcr.core.data.module import pair_batch
 from dcr.core.training import callbacks
 from dcr.core.training.sft import SFTModule

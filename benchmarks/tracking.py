@@ -25,7 +25,8 @@ from rich.table import Table
 
 from dcr import cli, extensions, resolving
 from dcr.core import data, models, prompts
-from dcr.core.config import Stage, TrainConfig
+from dcr.core.config import Stage
+from dcr.core.config.training import TrainConfig
 from dcr.core.data.module import pair_batch
 from dcr.core.data.rows import StageRows, micro_batches
 from dcr.core.models import Policy, structure

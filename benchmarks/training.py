@@ -30,7 +30,8 @@ from rich.table import Table
 
 from dcr import cli, extensions, resolving
 from dcr.core import config, data, learning, losses, models, prompts
-from dcr.core.config import Stage, TrainConfig
+from dcr.core.config import Stage
+from dcr.core.config.training import TrainConfig, block_of
 from dcr.core.data.module import pair_batch, prompt_batch
 from dcr.core.data.rows import StageRows, micro_batches
 from dcr.core.models import Policy, structure
@@ -126,7 +127,7 @@ def ours_sft(cfg: TrainConfig, steps: int) -> dict[str, float]:
 def plain_contrastive(cfg: TrainConfig, steps: int) -> dict[str, float]:
     with opened(cfg, Stage.contrastive) as (policy, rows):
         model, chosen = policy.model, row_lists(rows, steps)
-        block = config.block_of(cfg.dcr, models.facts(cfg.model).depth)
+        block = block_of(cfg.dcr, models.facts(cfg.model).depth)
         structure.freeze_beyond(model, block, cfg.dcr.train_embeddings)
         optimizer = _adamw(model, cfg.dcr.optim.lr)
 
@@ -156,7 +157,7 @@ def plain_contrastive(cfg: TrainConfig, steps: int) -> dict[str, float]:
 def ours_contrastive(cfg: TrainConfig, steps: int) -> dict[str, float]:
     with opened(cfg, Stage.contrastive) as (policy, rows):
         chosen = row_lists(rows, steps)
-        block = config.block_of(cfg.dcr, models.facts(cfg.model).depth)
+        block = block_of(cfg.dcr, models.facts(cfg.model).depth)
         module = ContrastiveModule(policy, cfg.dcr, block, total_steps=steps)
         learning.current().shrink_frozen(policy.model, block, whole=cfg.dcr.nll.weight > 0)
         optimizer = adamw(policy.model, cfg.dcr.optim.lr, DECAY, lambda _: 1.0)["optimizer"]

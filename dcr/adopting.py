@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from dcr import ending
-from dcr.core import config, continuing, data, machine, runs, storage
-from dcr.core.config import DataError, Stage, TrainConfig, UserError
+from dcr.core import config, continuing, data, runs, storage
+from dcr.core.config import DataError, Stage, UserError
+from dcr.core.config.training import TrainConfig, stages_of
 from dcr.core.runs import Cost, Run
 from dcr.ending import single_line
 
@@ -71,7 +72,7 @@ def adopt(settings: TrainConfig, run: Run, stage: Stage) -> bool:
 
 def donors(settings: TrainConfig, run: Run, stage: Stage) -> list[Run]:
     """The runs beside a run that have done this stage with the same settings."""
-    settled, _ = machine.of_training(settings, run.precisions())
+    settled, _ = continuing.with_precisions(settings, run.precisions())
     key, found = made_of(config.plain(settled), stage), []
     for file in sorted(run.folder.parent.glob("*/config.yaml")):
         donor = Run(file.parent)
@@ -102,7 +103,7 @@ def _take_over(
     from dcr.core.models import folders
 
     name, weights = stage.value, donor.stage(stage.value)
-    first = stage is config.stages_of(settings)[0]
+    first = stage is stages_of(settings)[0]
     folder = Path(settings.model.name) if first else run.stage("contrastive")
     now = folders.weights_fingerprint(folder) if folder.is_dir() else None
     started = storage.read_json(donor.base_file, dict[str, str], runs.RESTORE).get(name)

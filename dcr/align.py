@@ -20,9 +20,10 @@ from typing_extensions import TypedDict
 
 from dcr import calibration, entry, export, extensions, gating, inference, study
 from dcr import eval as evaluation
-from dcr.core import config, machine, refusal, storage
-from dcr.core.config import ConfigError, DataConfig, Kind, Stage, TrainConfig
+from dcr.core import config, continuing, refusal, storage
+from dcr.core.config import ConfigError, DataConfig, Kind, Stage
 from dcr.core.config.evaluation import EvalConfig
+from dcr.core.config.training import TrainConfig
 from dcr.core.evaluation import sets
 from dcr.core.runs import Run
 from dcr.core.sources import SOURCES, Example
@@ -266,7 +267,7 @@ def _choose(settings: TrainConfig, pairs: str | None, file: Path) -> None:
     """Choose block and sources, or the block alone where `pairs` is "none"."""
     from dcr.choice.transfer import choose  # with torch, for which help does not wait
 
-    settings, _ = machine.of_training(settings)
+    settings, _ = continuing.with_precisions(settings)
     storage.write_json(file, choose(settings, pairs=pairs).record())
 
 
@@ -339,7 +340,7 @@ def _safe(
     Raises StudyError where none does.
     """
     first = study.job_of(out, "STL", ["method=stl", *training], evaluating)
-    counted, _ = machine.of_training(_training(first))
+    counted, _ = continuing.with_precisions(_training(first))
     parameters = cost.stage_shape(counted, Stage.sft).total
     before, tried = _answers(base), dict[Path, str]()
     for rung in ladder(parameters, _training(first)):

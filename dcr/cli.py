@@ -34,8 +34,9 @@ from rich.table import Column, Table
 
 from dcr import resolving
 from dcr.core import config, continuing, storage
-from dcr.core.config import ConfigError, ModelConfig, TrainConfig, UserError
+from dcr.core.config import ConfigError, ModelConfig, UserError
 from dcr.core.config.evaluation import EvalConfig
+from dcr.core.config.training import COUNTS, TrainConfig
 from dcr.core.runs import Run
 from dcr.core.text import label_of
 from dcr.ending import (
@@ -150,9 +151,7 @@ def _give_way(composed: DictConfig, overrides: Sequence[str]) -> None:
     leave_numbers_of_another_model(composed, _fields_of_model(overrides))
     given = {override.lstrip("+~").split("=")[0] for override in overrides}
     if "at_most" in composed and "at_most" not in given:
-        composed.at_most = [
-            key for key in config.COUNTS if not {key, key.rpartition(".")[0]} & given
-        ]
+        composed.at_most = [key for key in COUNTS if not {key, key.rpartition(".")[0]} & given]
 
 
 def names_another_model(model: DictConfig) -> bool:

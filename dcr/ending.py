@@ -20,7 +20,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dcr import resolving
 from dcr.core import machine
-from dcr.core.config import ConfigError, TrainConfig, UserError
+from dcr.core.config import ConfigError, UserError
+from dcr.core.config.training import TrainConfig
 
 # The schemas of the scripts; `dcr.extensions` puts in its own, and that of eval.
 SCHEMAS: dict[str, type] = {"train": TrainConfig}

@@ -11,15 +11,8 @@ import yaml
 
 from dcr import entry, gating, resolving, robustness
 from dcr.core import config, machine, prompts, runs, storage
-from dcr.core.config import (
-    AUTO_LAYER,
-    EMBEDDED_MODEL,
-    STAGES,
-    ConfigError,
-    ContrastiveConfig,
-    Precision,
-    block_of,
-)
+from dcr.core.config import EMBEDDED_MODEL, STAGES, ConfigError, Precision
+from dcr.core.config.training import AUTO_LAYER, ContrastiveConfig, block_of
 from dcr.core.evaluation.sets import APART, check_names
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run

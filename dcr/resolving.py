@@ -10,28 +10,23 @@ from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dcr.core.config import (
-    AUTO_LAYER,
-    FSDP,
     TAG,
-    Adapter,
     ConfigError,
     Method,
     ModelConfig,
-    Moments,
     Precision,
     Quantization,
     ScriptSettings,
     SourceConfig,
     Stage,
-    TrainConfig,
     class_of,
     is_path,
     literal,
     not_negative,
     positive,
-    stages_of,
 )
 from dcr.core.config.evaluation import AUTO_LENGTH, KEYWORD, EvalConfig
+from dcr.core.config.training import AUTO_LAYER, FSDP, Adapter, Moments, TrainConfig, stages_of
 from dcr.core.text import nearest
 from dcr.core.thoughts import SWITCHES
 from dcr.own import Named

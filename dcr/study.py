@@ -28,17 +28,10 @@ from typing import Any
 from dcr import adopting, cli, ending, entry, extensions, plan, resolving
 from dcr import eval as evaluation
 from dcr.adopting import NAMES
-from dcr.core import config, continuing, data, extending, machine, prompts, storage
-from dcr.core.config import (
-    STAGES,
-    ConfigError,
-    DataError,
-    Method,
-    Stage,
-    TrainConfig,
-    UserError,
-)
+from dcr.core import config, continuing, data, extending, prompts, storage
+from dcr.core.config import STAGES, ConfigError, DataError, Method, Stage, UserError
 from dcr.core.config.evaluation import DeviceConfig
+from dcr.core.config.training import TrainConfig, stages_of
 from dcr.core.runs import Run
 from dcr.core.text import label_of, nearest
 from dcr.ending import single_line
@@ -135,7 +128,7 @@ class Job:
         """All parts in their order."""
         found: list[Part] = []
         if (settings := self.training) is not None:
-            for stage in config.stages_of(settings):
+            for stage in stages_of(settings):
                 done = functools.partial(self.run.done, stage.value)
                 work = functools.partial(train_stage, settings, self.run, stage)
                 found.append(Part(self.name, stage.value, done, work))
@@ -316,7 +309,7 @@ def train_stage(settings: TrainConfig, run: Run, stage: Stage) -> None:
     from dcr import train as training_script
 
     extensions.hand_in_passes()
-    last = stage is config.stages_of(settings)[-1]
+    last = stage is stages_of(settings)[-1]
     adopted = stage is not Stage.readout and adopting.adopt(settings, run, stage)
     if last or not adopted:
         training_script.train(settings if last else replace(settings, stage=stage), run)
@@ -494,7 +487,7 @@ def describe(planned: Sequence[Job]) -> str:
     """A table of the jobs: which parts are done, shared, or take how long."""
     from dcr.core.evaluation import metrics
 
-    chains = [config.stages_of(job.training) for job in planned if job.training]
+    chains = [stages_of(job.training) for job in planned if job.training]
     named = [stage for stage in STAGES if any(stage in chain for chain in chains)]
     heads = ["job", *(NAMES[stage] for stage in named), "evaluations", "folder"]
     table = entry.table("Jobs", heads, names=len(heads))
@@ -512,7 +505,7 @@ def describe(planned: Sequence[Job]) -> str:
 
 def _stage_cell(job: Job, stage: Stage, first: dict[str, str], seconds: list[float]) -> str:
     settings = job.training
-    if settings is None or stage not in config.stages_of(settings):
+    if settings is None or stage not in stages_of(settings):
         return "–"
     if job.run.done(stage.value):
         return "done"
@@ -521,7 +514,7 @@ def _stage_cell(job: Job, stage: Stage, first: dict[str, str], seconds: list[flo
         if key in first or adopting.donors(settings, job.run, stage):
             return f"that of {first.get(key, 'an earlier run')}"
         first[key] = job.name
-    settings, _ = machine.of_training(settings, job.run.precisions())
+    settings, _ = continuing.with_precisions(settings, job.run.precisions())
     drawn, *_ = plan.expected(settings)
     of = plan.stage_plan(settings, stage, cost.stage_shape(settings, stage), drawn)
     seconds.append(of.flops / cost.throughput(settings, of.precision, of.shape.width).flops)

@@ -10,7 +10,15 @@ from dataclasses import replace
 from lightning.pytorch.utilities import rank_zero_only
 
 from dcr.core import config, continuing, data, extending, machine, models, runs, storage, training
-from dcr.core.config import ConfigError, Method, Stage, TrainConfig
+from dcr.core.config import ConfigError, Method, Stage
+from dcr.core.config.training import (
+    AUTO_LAYER,
+    TrainConfig,
+    block_of,
+    check_blocks,
+    check_moments,
+    stages_of,
+)
 from dcr.core.data import Splits
 from dcr.core.runs import Run
 from dcr.core.storage import Lease
@@ -30,8 +38,8 @@ def train(settings: TrainConfig, run: Run) -> None:
     Raises UserError for anything a user can mend, before weights are loaded where it can be known,
     TrainingError when training had to stop and Interrupted after a signal.
     """
-    wanted = config.stages_of(settings)
-    settings, arithmetic = machine.of_training(settings, run.precisions())
+    wanted = stages_of(settings)
+    settings, arithmetic = continuing.with_precisions(settings, run.precisions())
     rows = checked(settings, run)
     if not all(run.done(stage.value) for stage in wanted):
         arithmetic.say()
@@ -65,10 +73,11 @@ def train(settings: TrainConfig, run: Run) -> None:
 def checked(settings: TrainConfig, run: Run) -> Splits:
     """The rows of a run, and a UserError for all that can be known wrong before weights open."""
     if not settings.plan:  # which opens none
-        config.check_bitsandbytes(settings.model, settings.dcr.optim)
+        config.check_bitsandbytes(settings.model)
+        check_moments(settings.dcr.optim)
     _check_devices(settings)
-    config.check_blocks(settings.dcr, settings.sft.readout, models.facts(settings.model).depth)
-    wanted = config.stages_of(settings)
+    check_blocks(settings.dcr, settings.sft.readout, models.facts(settings.model).depth)
+    wanted = stages_of(settings)
     rows = data.rows_of(settings)
     _check_input(settings, run, wanted)
     training.check(settings, rows, [stage for stage in wanted if not run.done(stage.value)])
@@ -77,8 +86,8 @@ def checked(settings: TrainConfig, run: Run) -> Splits:
 
 def _block(settings: TrainConfig, run: Run) -> int:
     """The block that stage one reads; with `auto` measured once and kept in the run folder."""
-    if settings.dcr.layer != config.AUTO_LAYER or settings.method is not Method.dcr:
-        return config.block_of(settings.dcr, models.facts(settings.model).depth)
+    if settings.dcr.layer != AUTO_LAYER or settings.method is not Method.dcr:
+        return block_of(settings.dcr, models.facts(settings.model).depth)
     if (known := run.block()) is not None:
         return known
     block: int = extending.ours(settings.table.best_layer)(settings)
@@ -100,7 +109,7 @@ def _check_devices(settings: TrainConfig) -> None:
             f"trainer.num_nodes={options.num_nodes}: no launcher says which node this is, and the "
             "others would be waited for; start it with torchrun or srun on each node"
         )
-    processes, wanted = options.devices * options.num_nodes, config.stages_of(settings)
+    processes, wanted = options.devices * options.num_nodes, stages_of(settings)
     shared = (Stage.contrastive, "dcr", settings.dcr), (Stage.sft, "sft", settings.sft)
     for stage, name, node in shared:  # the readout's batches are not
         if stage in wanted and node.batch_size < processes:
@@ -111,7 +120,7 @@ def _check_devices(settings: TrainConfig) -> None:
 
 
 def _check_input(settings: TrainConfig, run: Run, wanted: tuple[Stage, ...]) -> None:
-    chain = config.stages_of(replace(settings, stage=Stage.all))
+    chain = stages_of(replace(settings, stage=Stage.all))
     first = chain.index(wanted[0])
     before = chain[first - 1].value if first else None
     if before and not run.done(before):

@@ -12,14 +12,8 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from dcr.core import config, storage
-from dcr.core.config import (
-    STAGES,
-    TAG,
-    DataError,
-    TrainConfig,
-    WandbConfig,
-    WandbMode,
-)
+from dcr.core.config import STAGES, TAG, DataError, WandbConfig, WandbMode
+from dcr.core.config.training import TrainConfig
 from dcr.core.runs import Run
 from dcr.ending import redact, single_line
 

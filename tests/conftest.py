@@ -76,7 +76,7 @@ jaxtyping.jaxtyped = in_scope
 hook = jaxtyping.install_import_hook([f"dcr.{name}" for name in CHECKED], f"{__name__}.typechecked")
 
 from dcr import extensions  # noqa: E402
-from dcr.core.config import TrainConfig  # noqa: E402
+from dcr.core.config.training import TrainConfig  # noqa: E402
 from dcr.core.models import Policy  # noqa: E402
 from dcr.core.prompts import ChatFormat  # noqa: E402
 from tests.shapes import chat_of, tiny_policy  # noqa: E402

@@ -28,8 +28,8 @@ from dcr.core.config import (
     DataError,
     Kind,
     SourceConfig,
-    TrainConfig,
 )
+from dcr.core.config.training import TrainConfig
 from dcr.core.data.rows import prompt_rows
 from dcr.core.models import Policy
 from dcr.core.sources import Example

@@ -14,16 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from dcr import cli, resolving
 from dcr.core import config, models
-from dcr.core.config import (
-    ConfigError,
-    ContrastiveConfig,
-    LoraConfig,
-    Method,
-    ModelConfig,
-    NLLSource,
-    Stage,
-    TrainConfig,
-)
+from dcr.core.config import ConfigError, LoraConfig, Method, ModelConfig, Stage
+from dcr.core.config.training import ContrastiveConfig, NLLSource, TrainConfig, block_of
 from dcr.core.text import label_of
 from dcr.extensions import EvalSettings, TrainSettings
 from dcr.resolving import settings_of
@@ -39,7 +31,7 @@ def train_config(*overrides: str) -> TrainConfig:
 
 def block(found: TrainConfig) -> int:
     """ℓ of a command, with the depth from the model's facts and no weight read."""
-    return config.block_of(found.dcr, models.facts(found.model).depth)
+    return block_of(found.dcr, models.facts(found.model).depth)
 
 
 # --- every file ---
@@ -132,7 +124,7 @@ def test_another_model_leaves_the_files_numbers_behind() -> None:
     assert (found.dcr.epochs, found.sft.epochs, found.sft.lr) == (3, 3, 1e-4)
     assert (found.sft.batch_size, found.sft.lora.targets) == (128, ["q_proj", "v_proj"])
     blocks = {28: 13, 32: 15, 30: 14, 24: 11, 2: 1, 1: 1}  # 13/28 and 15/32 are the paper's
-    assert {depth: config.block_of(found.dcr, depth) for depth in blocks} == blocks
+    assert {depth: block_of(found.dcr, depth) for depth in blocks} == blocks
     assert abs(found.dcr.depth - (13 / 28 + 15 / 32) / 2) < 1e-3
 
 
@@ -207,10 +199,10 @@ def test_keys_of_ones_own_need_no_plus() -> None:
 
 
 def test_blocks_are_counted_from_one() -> None:
-    assert [config.block_of(ContrastiveConfig(layer=layer), 2) for layer in (1, 2)] == [1, 2]
+    assert [block_of(ContrastiveConfig(layer=layer), 2) for layer in (1, 2)] == [1, 2]
     for layer in (-1, 0, 3):
         with pytest.raises(ConfigError, match=f"dcr.layer={layer}: the model has blocks 1 to 2"):
-            config.block_of(ContrastiveConfig(layer=layer), 2)
+            block_of(ContrastiveConfig(layer=layer), 2)
 
 
 def test_a_resolved_configuration_is_plain() -> None:

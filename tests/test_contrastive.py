@@ -33,11 +33,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from dcr import extensions, train
 from dcr.analyses.separability import kmeans_accuracy
 from dcr.core import config, losses, models, training
-from dcr.core.config import Pooling, Stage, TrainConfig
+from dcr.core.config import Stage
+from dcr.core.config.training import NLLSource, Pooling, TrainConfig
 from dcr.core.data import rows_of, split
 from dcr.core.data.module import PromptBatch, SafetyData, pair_batch, prompt_batch
+from dcr.core.data.rows import PairRow, feature_row
 from dcr.core.models import Policy, folders, structure
-from dcr.core.prompts import ChatFormat, PairRow
+from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
 from dcr.core.training import callbacks
 from dcr.core.training.contrastive import ContrastiveModule, KMeansAccuracy, PairMetrics
@@ -59,7 +61,7 @@ def chat(policy: Policy) -> ChatFormat:
 
 
 def batch_of(chat: ChatFormat, pooling: Pooling = Pooling.last, pairs: Any = ()) -> PromptBatch:
-    rows = [chat.feature_row(f"r{i}", text, i % 2, pooling) for i, text in enumerate(PROMPTS)]
+    rows = [feature_row(chat, f"r{i}", text, i % 2, pooling) for i, text in enumerate(PROMPTS)]
     return prompt_batch(rows, 0, pairs)
 
 
@@ -135,7 +137,7 @@ def test_features_are_the_hidden_states_pooled_by_hand(
 def test_nll_of_general_pairs_is_transformers_loss_on_responses(
     policy: Policy, chat: ChatFormat, tiny: TrainConfig
 ) -> None:
-    dcr = replace(tiny.dcr, nll=replace(tiny.dcr.nll, source=config.NLLSource.general))
+    dcr = replace(tiny.dcr, nll=replace(tiny.dcr.nll, source=NLLSource.general))
     made = [chat.pair("Name a fruit", "Apple", 200), chat.pair("Hi", "Good day to you", 200)]
     rows = [PairRow(f"p{i}", ids, targets, False) for i, (ids, targets) in enumerate(made)]
     batch = batch_of(chat, pairs=rows)

@@ -17,6 +17,8 @@ from dcr import train
 from dcr.core import data, generation, models, prompts, sources
 from dcr.core.config import ConfigError, DataError, Kind
 from dcr.core.config.evaluation import GenConfig
+from dcr.core.config.training import Pooling
+from dcr.core.data.rows import feature_row
 from dcr.core.evaluation import subjects
 from dcr.core.runs import Run
 from dcr.core.sources import SOURCES, Example, table
@@ -223,7 +225,7 @@ def test_a_conversation_s_ids_are_those_of_the_tokenizers_own_template(
     )
     chat, prompt = formatted(tokenizer, system), conversation(TURNS[1:])
     assert chat.prompt_ids(prompt) == truth
-    assert chat.feature_row("a", prompt, 0, prompts.Pooling.last).ids == truth
+    assert feature_row(chat, "a", prompt, 0, Pooling.last).ids == truth
     ids, targets = chat.pair(prompt, "I will not.", 9999)
     whole = tokenizer.apply_chat_template(
         [*turns, {"role": "assistant", "content": "I will not."}], tokenize=False

@@ -15,22 +15,24 @@ from scipy import stats
 
 from dcr.core import data, models, prompts, sources
 from dcr.core.config import (
-    COUNTS,
     ConfigError,
-    ContrastiveConfig,
     CountedSourceConfig,
     DataConfig,
     DataError,
     EvaluationSets,
     ModelConfig,
+    SafetyPairsConfig,
+    SourceConfig,
+    Stage,
+)
+from dcr.core.config.training import (
+    COUNTS,
+    ContrastiveConfig,
     NLLConfig,
     NLLSource,
     ReadoutConfig,
-    SafetyPairsConfig,
     Sampler,
     SFTConfig,
-    SourceConfig,
-    Stage,
     TrainConfig,
 )
 from dcr.core.data import Splits
@@ -39,12 +41,14 @@ from dcr.core.data.rows import (
     DRAWS,
     NO_CLASS,
     EpochBatches,
+    PairRow,
+    PromptRow,
     generator,
     micro_batches,
     permutation,
     share,
 )
-from dcr.core.prompts import IGNORED, PairRow
+from dcr.core.prompts import IGNORED
 from dcr.core.sources import Example
 from tests.tiny_run import REFUSAL as REFUSED
 from tests.tiny_run import WORDS, write_jsonl
@@ -479,7 +483,7 @@ def test_a_pair_batch_is_its_rows_padded() -> None:
 
 
 def test_a_batch_moves_whole() -> None:
-    rows = [prompts.PromptRow("p", [1, 2], 1, (1, 2), [2, IGNORED])]
+    rows = [PromptRow("p", [1, 2], 1, (1, 2), [2, IGNORED])]
     batch = prompt_batch(rows, 0, general=pairs([3]))
     moved = batch.to(torch.device("meta"))
     for of, to in ((batch, moved), (batch.general, moved.general)):

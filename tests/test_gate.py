@@ -18,7 +18,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipe
 
 from dcr import frames
 from dcr.core import models, prompts, sources
-from dcr.core.config import ConfigError, DataError, Precision, TrainConfig
+from dcr.core.config import ConfigError, DataError, Precision
+from dcr.core.config.training import TrainConfig
 from dcr.core.models import structure
 from dcr.core.text import conversation
 from dcr.core.training import resuming

@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerFast
 
 from dcr import cli, resolving, train
 from dcr.core import config, models, storage
-from dcr.core.config import ModelConfig, Precision, TrainConfig, UserError
+from dcr.core.config import ModelConfig, Precision, UserError
+from dcr.core.config.training import TrainConfig
 from dcr.core.models import folders
 from dcr.core.runs import Run
 from dcr.extensions import EvalSettings, TrainSettings

@@ -100,8 +100,9 @@ def child(shape: dict[str, Any], block: int, settings: str, packed: bool) -> Non
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from dcr import cli
-    from dcr.core import learning, machine, models
-    from dcr.core.config import Adapter, Precision, Stage
+    from dcr.core import continuing, learning, models
+    from dcr.core.config import Precision, Stage
+    from dcr.core.config.training import Adapter
     from dcr.core.models import Policy, structure
     from dcr.core.training import LIGHTNING_PRECISION
     from dcr.core.training.contrastive import ContrastiveModule
@@ -116,7 +117,8 @@ def child(shape: dict[str, Any], block: int, settings: str, packed: bool) -> Non
     torch.set_num_threads(1)
     torch.manual_seed(0)
     told = ["model=llama3_8b", f"dcr.layer={block}", "trainer.accelerator=cpu", *settings.split()]
-    made, _ = machine.of_training(resolving.resolve(cli.compose("train", told), TrainSettings))
+    made = resolving.resolve(cli.compose("train", told), TrainSettings)
+    made, _ = continuing.with_precisions(made)
     made.model.architecture = shape
     node, batches = made.dcr, [batch(shape["vocab_size"], packed) for _ in range(3)]
 

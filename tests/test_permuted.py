@@ -7,7 +7,8 @@ import pytest
 
 from benchmarks import permuted
 from dcr.core import sources
-from dcr.core.config import Kind, ReadoutConfig
+from dcr.core.config import Kind
+from dcr.core.config.training import ReadoutConfig
 
 
 def test_half_of_the_pairs_change_sides_whole(

@@ -15,16 +15,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from dcr import cli, plan, resolving
 from dcr import train as training_script
 from dcr.core import data, machine, models
-from dcr.core.config import (
-    ConfigError,
-    DataError,
-    Kind,
-    LoraConfig,
-    Method,
-    Precision,
-    Stage,
-    TrainConfig,
-)
+from dcr.core.config import ConfigError, DataError, Kind, LoraConfig, Method, Precision, Stage
+from dcr.core.config.training import TrainConfig
 from dcr.core.data.module import pair_batch, prompt_batch
 from dcr.core.models import structure
 from dcr.core.runs import Run

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from tiny_run import Stop, at_each_step, changed, logged, settings, stop, weights
 
 from dcr import train
-from dcr.core.config import TrainConfig
+from dcr.core.config.training import TrainConfig
 from dcr.core.runs import Run
 from dcr.core.training.resuming import TrainingError
 

@@ -15,7 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from dcr.core import models, passes, prompts, storage
-from dcr.core.config import ConfigError, ModelConfig, Pooling, Terminator
+from dcr.core.config import ConfigError, ModelConfig, Terminator
+from dcr.core.config.training import Pooling
+from dcr.core.data.rows import feature_row
 from dcr.core.prompts import IGNORED, ChatFormat
 
 TEXTS = [
@@ -217,7 +219,7 @@ def test_truncation_takes_the_end_and_the_terminator(room: int) -> None:
 @pytest.mark.parametrize("text", TEXTS)
 def test_spans_stand_where_they_should(tokenizer: Any, text: str) -> None:
     chat = formatted(tokenizer, system="Be kind.")
-    last, mean = (chat.feature_row("r", text, 1, pooling) for pooling in Pooling)
+    last, mean = (feature_row(chat, "r", text, 1, pooling) for pooling in Pooling)
     ids = chat.prompt_ids(text)
     assert (last.ids, last.features) == (ids, (len(ids) - 1, len(ids)))
     assert (mean.ids, mean.features) == (ids, (min(1, len(ids) - 1), len(ids)))

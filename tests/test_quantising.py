@@ -14,15 +14,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from dcr import cli, dequantising, export, plan, resolving, train
 from dcr import eval as evaluation
-from dcr.core import continuing, learning, machine, models
-from dcr.core.config import (
-    ConfigError,
-    LoraConfig,
-    Precision,
-    Quantization,
-    Stage,
-    stages_of,
-)
+from dcr.core import continuing, learning, models
+from dcr.core.config import ConfigError, LoraConfig, Precision, Quantization, Stage
+from dcr.core.config.training import stages_of
 from dcr.core.models import folders, structure
 from dcr.core.runs import Run
 from dcr.core.training.sft import SFTModule
@@ -367,7 +361,8 @@ def test_the_page_says_what_the_plan_says(row: tuple[str, ...]) -> None:
     page = (ROOT / "docs" / "own-model.md").read_text()
     (command,) = re.findall(r"^    python train\.py (model=llama3_8b .*plan=true.*)$", page, re.M)
     whole = [*command.split(), *told.split()]
-    settings, _ = machine.of_training(resolving.resolve(cli.compose("train", whole), TrainSettings))
+    settings = resolving.resolve(cli.compose("train", whole), TrainSettings)
+    settings, _ = continuing.with_precisions(settings)
     drawn, _, _ = plan.expected(settings)
     found = [
         sum(

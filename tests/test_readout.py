@@ -24,7 +24,8 @@ from torch import Tensor
 
 from dcr import contamination, plan, train
 from dcr.core import config, data, models, passes, prompts, runs
-from dcr.core.config import ConfigError, Kind, LoraConfig, Stage, TrainConfig
+from dcr.core.config import ConfigError, Kind, LoraConfig, Stage
+from dcr.core.config.training import ReadoutConfig, TrainConfig
 from dcr.core.data.rows import SEEMINGLY_TOXIC, TOXIC
 from dcr.core.models import Policy, folders, structure
 from dcr.core.prompts import ChatFormat
@@ -115,7 +116,7 @@ def test_gradients_are_those_of_the_whole_model_with_all_else_frozen(
     read[0, -3:] = True  # the first row ends with two tokens of a refusal
     first, opening = torch.tensor([True, False, False, True, True]), torch.tensor([9, 7])
     batch = ReadoutBatch(ids, mask, read, labels, first, opening, ("a", "b", "c"), 0)
-    asked = config.ReadoutConfig(blocks=count, greedy=0.5)
+    asked = ReadoutConfig(blocks=count, greedy=0.5)
     module = ReadoutModule(Policy(model, policy.tokenizer, ""), asked, openings)
     module.half_passes[0] = readout.half_pass(model, count, ids, mask, read)
     contrast, wording = module.contrast(batch)
@@ -299,7 +300,7 @@ def test_more_blocks_than_the_model_has_are_refused(tiny: TrainConfig, tmp_path:
 
 
 def test_topics_are_held_out_whole_and_every_row_is_recorded(tmp_path: Path) -> None:
-    node = config.ReadoutConfig(steps=1, heldout=0.3)
+    node = ReadoutConfig(steps=1, heldout=0.3)
     asked = settings(tmp_path, "method=stl", "data.drop_contaminated=true").data
     rows = data.split(asked, None, 0, False, readout=node)
     topics = [
@@ -318,7 +319,7 @@ def test_topics_are_held_out_whole_and_every_row_is_recorded(tmp_path: Path) -> 
 def test_prompts_of_an_evaluation_set_are_no_rows_of_it(tmp_path: Path) -> None:
     sets = "data.evaluation={over_refusal: [contrasts_seemingly_toxic], safety: []}"
     asked = settings(tmp_path, "method=stl", "data.drop_contaminated=true", sets).data
-    node = config.ReadoutConfig(steps=1, seemingly_toxic=["demo_seemingly_toxic"])
+    node = ReadoutConfig(steps=1, seemingly_toxic=["demo_seemingly_toxic"])
     rows = data.split(asked, None, 0, False, readout=node)
     assert rows.in_distribution == []
     node.seemingly_toxic = ["contrasts_seemingly_toxic"]

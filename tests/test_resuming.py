@@ -28,7 +28,8 @@ from tiny_run import (
 
 from dcr import train
 from dcr.core import machine, models, storage
-from dcr.core.config import Method, SFTConfig, TrainConfig, UserError
+from dcr.core.config import Method, UserError
+from dcr.core.config.training import SFTConfig, TrainConfig
 from dcr.core.data.module import PairBatch
 from dcr.core.models import folders
 from dcr.core.runs import Run

@@ -26,10 +26,11 @@ from dcr.analyses.separability import (
     probe_auroc,
     transfer_auroc,
 )
-from dcr.core.config import Kind, Pooling
-from dcr.core.data.rows import prompt_rows
+from dcr.core.config import Kind
+from dcr.core.config.training import Pooling
+from dcr.core.data.rows import PromptRow, prompt_rows
 from dcr.core.models import Policy
-from dcr.core.prompts import ChatFormat, PromptRow
+from dcr.core.prompts import ChatFormat
 from dcr.core.sources import Example
 
 NOUNS = ("lamp", "rope", "boat", "stone", "candle", "garden", "river", "window", "ladder", "a")

@@ -23,12 +23,12 @@ from tiny_run import (
 from torch import Tensor
 
 from dcr import train
-from dcr.core.config import Method, Schedule, SFTConfig, Stage, TrainConfig
+from dcr.core.config import Method, Stage
+from dcr.core.config.training import Schedule, SFTConfig, TrainConfig
 from dcr.core.data import rows_of
 from dcr.core.data.module import PairBatch, SafetyData, pair_batch
-from dcr.core.data.rows import micro_batches
+from dcr.core.data.rows import PairRow, micro_batches
 from dcr.core.models import Policy, structure
-from dcr.core.prompts import PairRow
 from dcr.core.runs import Run
 from dcr.core.training import callbacks
 from dcr.core.training.resuming import StepSeed, rate_factor

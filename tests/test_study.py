@@ -21,7 +21,8 @@ from dcr import adopting, study
 from dcr import eval as evaluation_script
 from dcr import train as training_script
 from dcr.core import models, prompts
-from dcr.core.config import ConfigError, ModelConfig, Stage, TrainConfig
+from dcr.core.config import ConfigError, ModelConfig, Stage
+from dcr.core.config.training import TrainConfig
 from dcr.core.runs import Run, append_metrics
 from dcr.report import building, paper
 from dcr.study import STUDIES, Job, Options

@@ -16,7 +16,7 @@ from wandb_files import records
 
 from dcr import train
 from dcr.core import data, models, prompts, runs
-from dcr.core.config import TrainConfig
+from dcr.core.config.training import TrainConfig
 from dcr.core.models import folders
 from dcr.core.runs import Run
 from dcr.core.training import callbacks

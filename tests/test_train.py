@@ -11,7 +11,8 @@ from tiny_run import Stop, changed, failing, same, settings, stop, weights, writ
 from dcr import train, wandb_run
 from dcr.choice import transfer
 from dcr.core import continuing, data, models
-from dcr.core.config import ConfigError, Precision, TrainConfig
+from dcr.core.config import ConfigError, Precision
+from dcr.core.config.training import TrainConfig
 from dcr.core.models import folders
 from dcr.core.runs import Run
 from dcr.core.training.sft import SFTModule

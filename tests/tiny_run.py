@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dcr import cli, resolving, train
 from dcr.core import runs
-from dcr.core.config import TrainConfig
+from dcr.core.config.training import TrainConfig
 from dcr.core.data.module import SafetyData
 from dcr.core.runs import Run
 from dcr.core.training.resuming import StepSeed

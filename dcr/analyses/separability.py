@@ -22,12 +22,12 @@ from torch import Tensor
 
 from dcr import activations
 from dcr.core import machine, statistics
-from dcr.core.config import Pooling
-from dcr.core.data.rows import SEEMINGLY_TOXIC, TOXIC, prompt_rows
+from dcr.core.config.training import Pooling
+from dcr.core.data.rows import SEEMINGLY_TOXIC, TOXIC, PromptRow, prompt_rows
 from dcr.core.losses import kmeans_accuracy
 from dcr.core.machine import attention_mask, padded
 from dcr.core.models import Policy, structure
-from dcr.core.prompts import ChatFormat, PromptRow
+from dcr.core.prompts import ChatFormat
 from dcr.core.sources import Example
 from dcr.core.statistics import Interval
 from dcr.inference import finite

@@ -32,9 +32,11 @@ from dcr.analyses import (
     probability,
     separability,
 )
-from dcr.core import config, models, refusal, sources, statistics, storage
-from dcr.core.config import ConfigError, ContrastiveConfig, DataConfig, Kind
+from dcr.core import models, refusal, sources, statistics, storage
+from dcr.core.config import ConfigError, DataConfig, Kind
+from dcr.core.config import training as config
 from dcr.core.config.evaluation import EvalConfig
+from dcr.core.config.training import ContrastiveConfig
 from dcr.core.evaluation.protocols import Task, Work
 from dcr.core.evaluation.sets import PromptSet
 from dcr.core.evaluation.subjects import Local

@@ -15,8 +15,9 @@ from dcr.analyses import separability
 from dcr.balance import Balance
 from dcr.choice import origins
 from dcr.choice.origins import FEWEST, LIMIT, Material, SourcePair
-from dcr.core import config, data, machine, models, prompts
-from dcr.core.config import ConfigError, Kind, TrainConfig
+from dcr.core import data, machine, models, prompts
+from dcr.core.config import ConfigError, Kind
+from dcr.core.config.training import TrainConfig, block_of
 from dcr.core.data.rows import LABELS, prompt_rows
 from dcr.core.models import Policy
 from dcr.core.statistics import Interval
@@ -138,7 +139,7 @@ def choose(
     weights are loaded.
     """
     facts = models.facts(settings.model)
-    configured = config.block_of(settings.dcr, facts.depth)
+    configured = block_of(settings.dcr, facts.depth)
     material = origins.gathered(settings.data, settings.seed, limit, pairs, tests)
     tokenizer = policy.tokenizer if policy else models.open_tokenizer(settings.model)
     chat = prompts.chat_format(tokenizer, settings.model)

@@ -1,15 +1,19 @@
 """Whether a command may go on in a run folder: what decides its weights must be what it was.
 
-That is the configuration, the rows, and the weights that a stage starts from.
+That is the configuration, the rows, and the weights that a stage starts from. A precision that was
+left to the device is what it was when the run began.
 """
 
 import logging
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from dcr.core import storage
-from dcr.core.config import STAGES, ConfigError, Language, NLLSource, Quantization
+from dcr.core import machine, storage
+from dcr.core.config import STAGES, ConfigError, Language, Precision, Quantization, Stage
+from dcr.core.config.training import NLLSource, TrainConfig, stages_of
+from dcr.core.machine import Settled
 from dcr.core.runs import RESTORE, Run
 
 log = logging.getLogger(__name__)
@@ -19,6 +23,28 @@ FREE_KEYS = ("stage", "plan", "force", "run", "at_most", "trainer", "wandb")
 # prefixes of differences of settings, rows and weights that a finished stage does not depend on
 OF_READOUT = ("sft.readout", "readout")
 OF_LATER = {"contrastive": ("sft.", "sft: ", "safety", *OF_READOUT), "sft": OF_READOUT}
+
+
+def with_precisions(
+    settings: TrainConfig, recorded: Mapping[str, Precision] | None = None
+) -> tuple[TrainConfig, Settled]:
+    """The settings with the precision of `auto` for each stage and for the run's evaluations."""
+    dcr, sft = settings.dcr, settings.sft
+    stages = {"contrastive": dcr.precision, "sft": sft.precision}
+    trained = {  # the readout in what SFT was
+        "contrastive" if stage is Stage.contrastive else "sft" for stage in stages_of(settings)
+    }
+    accelerator, unused = settings.trainer.accelerator, stages.keys() - trained
+    found = machine.settled(stages, accelerator, recorded, unused)
+    first, second = found.precisions["contrastive"], found.precisions["sft"]
+    top = settings.precision
+    made = replace(
+        settings,
+        precision=machine.evaluated_in(second) if top is Precision.auto else top,
+        dcr=replace(dcr, precision=first),
+        sft=replace(sft, precision=second),
+    )
+    return made, found
 
 
 def binding(made_with: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from dcr.core import losses
-from dcr.core.config import TrainConfig
+from dcr.core.config.training import TrainConfig
 from dcr.core.models import structure
 from dcr.core.prompts import IGNORED
 

@@ -23,13 +23,13 @@ import math
 import os
 import resource
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jaxtyping import Bool, Int
 
-from dcr.core.config import ConfigError, Precision, Stage, TrainConfig, stages_of
+from dcr.core.config import ConfigError, Precision
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -202,27 +202,6 @@ def _listed(precisions: Mapping[str, Precision]) -> str:
     if len(set(precisions.values())) == 1:
         return next(iter(precisions.values())).value
     return ", ".join(f"{use} {each.value}" for use, each in precisions.items())
-
-
-def of_training(
-    settings: TrainConfig, recorded: Mapping[str, Precision] | None = None
-) -> tuple[TrainConfig, Settled]:
-    """The settings with the precision of `auto` for each stage and for the run's evaluations."""
-    dcr, sft = settings.dcr, settings.sft
-    stages = {"contrastive": dcr.precision, "sft": sft.precision}
-    trained = {  # the readout in what SFT was
-        "contrastive" if stage is Stage.contrastive else "sft" for stage in stages_of(settings)
-    }
-    found = settled(stages, settings.trainer.accelerator, recorded, unused=stages.keys() - trained)
-    first, second = found.precisions["contrastive"], found.precisions["sft"]
-    top = evaluated_in(second) if settings.precision is Precision.auto else settings.precision
-    made = replace(
-        settings,
-        precision=top,
-        dcr=replace(dcr, precision=first),
-        sft=replace(sft, precision=second),
-    )
-    return made, found
 
 
 def evaluated_in(precision: Precision) -> Precision:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from jaxtyping import Float
 
 from dcr.core import thoughts
-from dcr.core.config import ConfigError, DataError, Language, ModelConfig, Pooling, Terminator
+from dcr.core.config import ConfigError, DataError, Language, ModelConfig, Terminator
 from dcr.core.text import CHATML, messages, turns_of
 
 if TYPE_CHECKING:
@@ -48,27 +48,6 @@ BASE_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>")
 UNTEMPLATED: set[str] = set()  # models whose template this command has warned of
 LANGUAGE = "answer_language"  # in an export's tokenizer_config.json, where it is not English
 TEMPLATES = {"llama3": LLAMA3, "chatml": CHATML, "plain": PLAIN}
-
-
-@dataclass(frozen=True)
-class PromptRow:
-    """A tokenised prompt; `features` are the positions stage one pools over."""
-
-    id: str
-    ids: list[int]
-    label: int
-    features: tuple[int, int]  # first and one past the last position
-    nll: list[int]  # next-token targets, IGNORED where no loss falls
-
-
-@dataclass(frozen=True)
-class PairRow:
-    """A tokenised prompt with its response; `targets[t]` is what position t must predict."""
-
-    id: str
-    ids: list[int]
-    targets: list[int]
-    refusal: bool
 
 
 @dataclass(frozen=True)
@@ -164,16 +143,6 @@ class ChatFormat:
             return [], []
         asked = ids[1 : len(start)] if train_on_prompt else [IGNORED] * (len(start) - 1)
         return ids, [*asked, *ids[len(start) :], IGNORED]
-
-    def feature_row(self, id: str, prompt: str, label: int, pooling: Pooling) -> PromptRow:
-        """One prompt of stage one, with the positions of its feature and the targets of its NLL.
-
-        The paper names neither: `pooling` chooses the positions, and every next token is a target.
-        """
-        ids = self.prompt_ids(prompt)
-        # position 0 is an attention sink with a huge norm
-        first = len(ids) - 1 if pooling is Pooling.last else min(1, len(ids) - 1)
-        return PromptRow(id, ids, label, (first, len(ids)), [*ids[1:], IGNORED])
 
     def _turns(self, prompt: str) -> list[dict[str, str]]:
         return messages(prompt, self.system_prompt, self.neutralised)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dcr import entry, extensions, study
 from dcr.core import config, storage
-from dcr.core.config import TrainConfig
+from dcr.core.config.training import TrainConfig, stages_of
 from dcr.core.runs import Run
 from dcr.study import Part
 
@@ -99,7 +99,7 @@ def _command(script: str, words: Sequence[str]) -> str:
 
 def _trained(settings: TrainConfig, run: Run) -> bool:
     """Whether the run is trained. Raises ConfigError where its settings or rows were others."""
-    if not all(run.done(stage.value) for stage in config.stages_of(settings)):
+    if not all(run.done(stage.value) for stage in stages_of(settings)):
         return False
     with redirect_stdout(io.StringIO()):
         _train(settings, run)

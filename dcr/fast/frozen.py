@@ -11,7 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dcr.core import losses
-from dcr.core.config import FSDP, Precision, TrainConfig
+from dcr.core.config import Precision
+from dcr.core.config.training import FSDP, TrainConfig
 from dcr.core.models.structure import decoder_blocks, final_norm, head
 
 

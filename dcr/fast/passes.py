@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from dcr.core import learning, machine, passes
-from dcr.core.config import TrainConfig
+from dcr.core.config.training import TrainConfig
 from dcr.core.learning import Labelled
 from dcr.core.machine import attention_mask, padded
 from dcr.core.models import structure

@@ -13,19 +13,8 @@ from torch.nn import functional as F
 from dcr import frames
 from dcr.calibration import CalibrationConfig
 from dcr.core import config, data, machine, models, prompts, runs, sources, statistics, storage
-from dcr.core.config import (
-    ConfigError,
-    Kind,
-    LoraConfig,
-    NLLConfig,
-    Pooling,
-    Precision,
-    Quantization,
-    Sampler,
-    Schedule,
-    Stage,
-    TrainConfig,
-)
+from dcr.core.config import ConfigError, Kind, LoraConfig, Precision, Quantization, Stage
+from dcr.core.config.training import NLLConfig, Pooling, Sampler, Schedule, TrainConfig
 from dcr.core.data import Splits
 from dcr.core.data.module import PromptBatch, SafetyData
 from dcr.core.data.rows import SEEMINGLY_TOXIC, TOXIC, permutation

@@ -12,14 +12,8 @@ from rich.table import Table
 
 from dcr import entry, readout
 from dcr.core import config, continuing, data, machine
-from dcr.core.config import (
-    Method,
-    Precision,
-    Stage,
-    TrainConfig,
-    check_blocks,
-    stages_of,
-)
+from dcr.core.config import Method, Precision, Stage
+from dcr.core.config.training import TrainConfig, check_blocks, stages_of
 from dcr.core.data import Splits
 from dcr.core.runs import Run
 from dcr.core.text import CHARACTERS_PER_TOKEN
@@ -68,12 +62,12 @@ def describe(settings: TrainConfig) -> str:
 
     chain = stages_of(settings)
     check_blocks(settings.dcr, settings.sft.readout, models.facts(settings.model).depth)
-    on_gpu, _ = machine.of_training(
+    on_gpu, _ = continuing.with_precisions(
         replace(settings, trainer=replace(settings.trainer, accelerator="gpu"))
     )
     run = Run(Path(settings.run)) if settings.run else None
     recorded = run.precisions() if run else {}
-    settings, arithmetic = machine.of_training(settings, recorded)
+    settings, arithmetic = continuing.with_precisions(settings, recorded)
     notes = [f"precision: {arithmetic.told}", *([arithmetic.slow] if arithmetic.slow else [])]
     shapes = {stage: stage_shape(settings, stage) for stage in chain}
     drawn, balanced, more = expected(settings)

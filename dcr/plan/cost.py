@@ -39,17 +39,8 @@ from typing import TYPE_CHECKING, Any
 
 from dcr import extensions
 from dcr.core import machine
-from dcr.core.config import (
-    FSDP,
-    Adapter,
-    LoraConfig,
-    Moments,
-    Precision,
-    Quantization,
-    Stage,
-    TrainConfig,
-    block_of,
-)
+from dcr.core.config import LoraConfig, Precision, Quantization, Stage
+from dcr.core.config.training import FSDP, Adapter, Moments, TrainConfig, block_of
 from dcr.core.machine import kind_of
 
 if TYPE_CHECKING:

@@ -9,10 +9,11 @@ from typing import Any
 from dcr import balance
 from dcr.balance import Balance
 from dcr.core import data, prompts, storage
-from dcr.core.config import EMBEDDED_MODEL, TINY_MODEL, ModelConfig, Stage, TrainConfig
+from dcr.core.config import EMBEDDED_MODEL, TINY_MODEL, ModelConfig, Stage
+from dcr.core.config.training import TrainConfig
 from dcr.core.data import Splits
-from dcr.core.data.rows import StageRows, check_lengths
-from dcr.core.prompts import IGNORED, ChatFormat, PairRow, PromptRow
+from dcr.core.data.rows import PairRow, PromptRow, StageRows, check_lengths
+from dcr.core.prompts import IGNORED, ChatFormat
 from dcr.core.sources import Example
 from dcr.core.text import CHARACTERS_PER_TOKEN
 from dcr.plan import cost

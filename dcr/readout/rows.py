@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from dcr.core.config import SFTConfig, TrainConfig
+from dcr.core.config.training import SFTConfig, TrainConfig
 from dcr.core.data import Splits
 from dcr.core.data.rows import (
     NO_CLASS,

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dcr.core import learning, refusal, runs, statistics, storage, training
-from dcr.core.config import ConfigError, Precision, ReadoutConfig, Schedule, Stage
+from dcr.core.config import ConfigError, Precision, Stage
+from dcr.core.config.training import ReadoutConfig, Schedule
 from dcr.core.data.module import Batch, Feed, SafetyData
 from dcr.core.data.rows import NO_CLASS, SEEMINGLY_TOXIC, TOXIC
 from dcr.core.machine import attention_mask, padded

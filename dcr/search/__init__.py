@@ -17,7 +17,8 @@ from dcr import cli, study
 from dcr.choice import origins
 from dcr.choice.origins import SourcePair
 from dcr.core import config, continuing, data, storage
-from dcr.core.config import AUTO_LAYER, ConfigError, TrainConfig, UserError
+from dcr.core.config import ConfigError, UserError
+from dcr.core.config.training import AUTO_LAYER, TrainConfig, block_of
 from dcr.core.evaluation import sets
 from dcr.core.sources import SOURCES
 from dcr.study import Job
@@ -119,7 +120,7 @@ def configured(settings: TrainConfig, spaces: Mapping[str, Space]) -> dict[str, 
 
     values = flattened(config.plain(settings))
     if settings.dcr.layer != AUTO_LAYER:
-        values["dcr.layer"] = config.block_of(settings.dcr, models.facts(settings.model).depth)
+        values["dcr.layer"] = block_of(settings.dcr, models.facts(settings.model).depth)
     held = {key: values.get(key) for key, space in spaces.items() if space.holds(values.get(key))}
     return {key: str(value) if spaces[key].choices else value for key, value in held.items()}
 

@@ -17,8 +17,9 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from dcr import launching, results, study
-from dcr.core import config, runs, storage
+from dcr.core import runs, storage
 from dcr.core.config import STAGES, DataError, UserError
+from dcr.core.config.training import stages_of
 from dcr.core.evaluation import subjects
 from dcr.core.runs import Cost
 from dcr.ending import single_line
@@ -203,7 +204,7 @@ def _values(search: Search, job: Job) -> list[float]:
     folder = subjects.final(evaluating, run).folder
     found, metrics = results.read(folder / "metrics.json"), runs.read_metrics(run)
     assert job.training is not None
-    stages = [stage.value for stage in config.stages_of(job.training)]
+    stages = [stage.value for stage in stages_of(job.training)]
     costs = {stage: storage.read_json(run.cost_file(stage), Cost) for stage in stages}
     nll = [row["value"] for row in metrics if row["key"] == "sft/nll/general/heldout"]
     scores = [task.acc for task in found.ability.values() if task.acc is not None]

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from dcr import keywords
 from dcr.core import sources
-from dcr.core.config import ConfigError, DataConfig, DataError, Kind, TrainConfig, is_path
+from dcr.core.config import ConfigError, DataConfig, DataError, Kind, is_path
+from dcr.core.config.training import TrainConfig
 from dcr.core.data import Cleaning, Splits, overlaps, without
 from dcr.core.sources import SOURCES, Example, jsonl
 from dcr.stl_aug import AugmentConfig

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from dcr.analyses import KernelConfig, RefusalProbabilityConfig
-from dcr.core.config import FSDP, Quantization, TrainConfig, not_negative, positive, ranged
+from dcr.core.config import Quantization, not_negative, positive, ranged
+from dcr.core.config.training import FSDP, TrainConfig
 
 
 class Quantity(Enum):

@@ -15,7 +15,8 @@ from lightning import Callback, LightningModule, Trainer
 
 from dcr.analyses import check_parameters, kinds, weights
 from dcr.core import models, results
-from dcr.core.config import ConfigError, DataConfig, Kind, Stage, TrainConfig
+from dcr.core.config import ConfigError, DataConfig, Kind, Stage
+from dcr.core.config.training import TrainConfig
 from dcr.core.models import Policy, folders, structure
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run

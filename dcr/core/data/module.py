@@ -12,11 +12,12 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dcr.core.config import Stage, TrainConfig
+from dcr.core.config import Stage
+from dcr.core.config.training import TrainConfig
 from dcr.core.data import Splits
-from dcr.core.data.rows import StageRows
+from dcr.core.data.rows import PairRow, PromptRow, StageRows
 from dcr.core.machine import attention_mask, padded
-from dcr.core.prompts import IGNORED, ChatFormat, PairRow, PromptRow
+from dcr.core.prompts import IGNORED, ChatFormat
 
 Moved = TypeVar("Moved", bound="Batch")
 

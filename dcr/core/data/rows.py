@@ -6,23 +6,14 @@ The order is a function of seed and epoch, the same on every rank.
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dcr.core import machine
-from dcr.core.config import (
-    ConfigError,
-    DataError,
-    Kind,
-    NLLSource,
-    Pooling,
-    Sampler,
-    SFTConfig,
-    Stage,
-    TrainConfig,
-)
+from dcr.core.config import ConfigError, DataError, Kind, Stage
+from dcr.core.config.training import NLLSource, Pooling, Sampler, SFTConfig, TrainConfig
 from dcr.core.data import Splits
-from dcr.core.prompts import IGNORED, ChatFormat, PairRow, PromptRow
+from dcr.core.prompts import IGNORED, ChatFormat
 from dcr.core.sources import Example
 
 if TYPE_CHECKING:
@@ -34,6 +25,27 @@ TOXIC, SEEMINGLY_TOXIC = 1, 0  # class labels of stage one (Section 5)
 LABELS = {Kind.seemingly_toxic: SEEMINGLY_TOXIC, Kind.toxic: TOXIC}
 NO_CLASS = -1  # of a row that only keeps a rank in step with the others: no loss looks at it
 HELD_OUT_BATCH = 16  # rows of one validation pass
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """A tokenised prompt; `features` are the positions stage one pools over."""
+
+    id: str
+    ids: list[int]
+    label: int
+    features: tuple[int, int]  # first and one past the last position
+    nll: list[int]  # next-token targets, IGNORED where no loss falls
+
+
+@dataclass(frozen=True)
+class PairRow:
+    """A tokenised prompt with its response; `targets[t]` is what position t must predict."""
+
+    id: str
+    ids: list[int]
+    targets: list[int]
+    refusal: bool
 
 
 # --- the order, a function of seed and epoch ------------------------------------------------------
@@ -146,6 +158,17 @@ def _none_fits(config: SFTConfig) -> ConfigError:
     return ConfigError(f"sft.max_len={config.max_len}: no training pair fits; raise it")
 
 
+def feature_row(chat: ChatFormat, id: str, prompt: str, label: int, pooling: Pooling) -> PromptRow:
+    """One prompt of stage one, with the positions of its feature and the targets of its NLL.
+
+    The paper names neither: `pooling` chooses the positions, and every next token is a target.
+    """
+    ids = chat.prompt_ids(prompt)
+    # position 0 is an attention sink with a huge norm
+    first = len(ids) - 1 if pooling is Pooling.last else min(1, len(ids) - 1)
+    return PromptRow(id, ids, label, (first, len(ids)), [*ids[1:], IGNORED])
+
+
 def prompt_rows(
     chat: ChatFormat,
     examples: Sequence[Example],
@@ -156,7 +179,7 @@ def prompt_rows(
     """Prompts as stage one reads them. DataError for one of more than `context` tokens."""
     rows = []
     for example in examples:
-        row = chat.feature_row(example.id, example.prompt, label, pooling)
+        row = feature_row(chat, example.id, example.prompt, label, pooling)
         if context is not None and len(row.ids) > context:
             raise DataError(
                 f"{example.source}: {example.id}: its {len(row.ids)} tokens exceed the model's "

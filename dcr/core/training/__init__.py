@@ -19,18 +19,8 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
 
 from dcr.core import continuing, extending, learning, models, prompts, runs
-from dcr.core.config import (
-    FSDP,
-    Adapter,
-    ConfigError,
-    LoraConfig,
-    Method,
-    Precision,
-    Quantization,
-    Stage,
-    TrainConfig,
-    block_of,
-)
+from dcr.core.config import ConfigError, LoraConfig, Method, Precision, Quantization, Stage
+from dcr.core.config.training import FSDP, Adapter, TrainConfig, block_of
 from dcr.core.data import Splits
 from dcr.core.data.module import Feed, SafetyData
 from dcr.core.data.rows import StageRows, check_lengths

@@ -10,7 +10,7 @@ from torchmetrics.utilities import dim_zero_cat
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from dcr.core import learning, losses
-from dcr.core.config import Adapter, ContrastiveConfig
+from dcr.core.config.training import Adapter, ContrastiveConfig
 from dcr.core.data.module import PairBatch, PromptBatch
 from dcr.core.data.rows import NO_CLASS
 from dcr.core.models import Policy, structure

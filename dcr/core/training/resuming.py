@@ -32,7 +32,8 @@ from torch.utils.hooks import RemovableHandle
 from torchmetrics import MeanMetric
 
 from dcr.core import extending, machine, storage
-from dcr.core.config import Moments, Precision, Schedule, UserError
+from dcr.core.config import Precision, UserError
+from dcr.core.config.training import Moments, Schedule
 from dcr.core.models import structure
 
 log = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dcr.core import learning
-from dcr.core.config import SFTConfig
+from dcr.core.config.training import SFTConfig
 from dcr.core.data.module import PairBatch
 from dcr.core.models import Policy
 from dcr.core.prompts import IGNORED
