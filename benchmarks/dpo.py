@@ -29,6 +29,7 @@ from dcr.calibration import biases
 from dcr.core import learning, passes, prompts, sources, storage
 from dcr.core.config import ConfigError, Kind, Precision, UserError
 from dcr.core.models import Policy, folders, structure
+from dcr.core.models.training import save_adapter
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
 from dcr.core.sources import Example
@@ -128,7 +129,7 @@ def keep(policy: Policy, run: Run, made: Run) -> None:
     shutil.copytree(
         run.folder, made.folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*LEFT)
     )
-    folders.save_adapter(policy, made.stage("sft"), folders.adapter_base(run.stage("sft")))
+    save_adapter(policy, made.stage("sft"), folders.adapter_base(run.stage("sft")))
     config = run.config()
     config["data"]["label"], config["sft"]["readout"]["steps"] = LABEL, 0
     config["stage"], config["run"] = "all", str(made.folder)

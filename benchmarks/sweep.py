@@ -19,7 +19,7 @@ from rich.table import Table
 
 from dcr.core import models, storage
 from dcr.core.config import ModelConfig, Precision
-from dcr.core.models import folders
+from dcr.core.models.training import save_full
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "conf" / "model" / "tiny.yaml"
@@ -75,7 +75,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         os.chdir(place)
         tiny = ModelConfig("tiny", architecture=storage.read_yaml(TINY, dict)["architecture"])
-        folders.save_full(models.open_policy(tiny, Precision.fp32), Path("model"))
+        save_full(models.open_policy(tiny, Precision.fp32), Path("model"))
         alone, together = (
             cpu_seconds(variant, ratios, options["threads"]) for variant in (processes, study)
         )

@@ -35,6 +35,7 @@ from dcr.core.config.training import TrainConfig, block_of
 from dcr.core.data.module import pair_batch, prompt_batch
 from dcr.core.data.rows import StageRows, micro_batches
 from dcr.core.models import Policy, structure
+from dcr.core.models.training import freeze_beyond
 from dcr.core.training.contrastive import ContrastiveModule
 from dcr.core.training.resuming import adamw
 from dcr.core.training.sft import SFTModule
@@ -128,7 +129,7 @@ def plain_contrastive(cfg: TrainConfig, steps: int) -> dict[str, float]:
     with opened(cfg, Stage.contrastive) as (policy, rows):
         model, chosen = policy.model, row_lists(rows, steps)
         block = block_of(cfg.dcr, models.facts(cfg.model).depth)
-        structure.freeze_beyond(model, block, cfg.dcr.train_embeddings)
+        freeze_beyond(model, block, cfg.dcr.train_embeddings)
         optimizer = _adamw(model, cfg.dcr.optim.lr)
 
         def step(index: int) -> tuple[int, float]:

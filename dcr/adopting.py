@@ -100,12 +100,11 @@ def _take_over(
     Returns whether it did. Raises UserError, before anything is written, where a file of the donor
     is damaged.
     """
-    from dcr.core.models import folders
 
     name, weights = stage.value, donor.stage(stage.value)
     first = stage is stages_of(settings)[0]
     folder = Path(settings.model.name) if first else run.stage("contrastive")
-    now = folders.weights_fingerprint(folder) if folder.is_dir() else None
+    now = storage.weights_fingerprint(folder) if folder.is_dir() else None
     started = storage.read_json(donor.base_file, dict[str, str], runs.RESTORE).get(name)
     if started is None:
         raise DataError(f"{donor.base_file}: {name}: missing; {runs.RESTORE}")

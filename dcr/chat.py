@@ -248,7 +248,7 @@ def open_stage(
         policy = models.open_policy(model, found)
     else:
         # an impossible template is refused before weights are read
-        prompts.chat_format(folders.result_tokenizer(run.stage(stage), trust_remote_code), model)
+        prompts.chat_format(models.result_tokenizer(run.stage(stage), trust_remote_code), model)
         held = model.quantization
         policy = folders.open_result(run.stage(stage), found, trust_remote_code, held)
     return policy, model, arithmetic.told

@@ -191,7 +191,7 @@ def export(
     machine.use_threads()
     # evaluations or a template that cannot be read end the command before weights are opened
     evaluated(run, stage, {})
-    prompts.chat_format(folders.result_tokenizer(run.stage(stage), trust_remote_code), model)
+    prompts.chat_format(models.result_tokenizer(run.stage(stage), trust_remote_code), model)
     policy = folders.open_result(run.stage(stage), Precision.fp32, trust_remote_code)
     chat = prompts.chat_format(policy.tokenizer, model)
     narrow = structure.is_quantised(policy.model)

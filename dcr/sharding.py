@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dcr.core import storage
 from dcr.core.models import structure
+from dcr.core.models.training import is_sharded
 
 REST = "rest.ckpt"  # of a checkpoint's folder: all but the tensors that are sharded
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, of each trainable weight
@@ -141,7 +142,7 @@ def read(checkpoint: Path, module: nn.Module) -> dict[str, Any]:
 
 def alike(checkpoint: dict[str, Any], module: nn.Module) -> dict[str, Any]:
     """A whole checkpoint, its tensors sharded as the module's weights are."""
-    for _, home, key, weight in homes(checkpoint, module) if structure.is_sharded(module) else ():
+    for _, home, key, weight in homes(checkpoint, module) if is_sharded(module) else ():
         if isinstance(weight, DTensor):
             home[key] = distribute_tensor(
                 home[key].to(weight.device),

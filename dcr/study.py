@@ -336,10 +336,9 @@ def _seconds(run: Run) -> dict[str, float]:
 def evaluated_as(settings: EvalSettings, run: Run) -> str:
     """A fingerprint of the weights and of the settings and files that they are evaluated with."""
     from dcr.core.evaluation import subjects
-    from dcr.core.models import folders
 
     subject = subjects.subjects(settings, run)[0]
-    weights = folders.weights_fingerprint(subject.source) if subject.source else subject.weights
+    weights = storage.weights_fingerprint(subject.source) if subject.source else subject.weights
     free = ("run", "output", "trainer", "wandb")
     made_with = {key: value for key, value in config.plain(settings).items() if key not in free}
     return storage.fingerprint([weights, made_with, *own_files(made_with)])

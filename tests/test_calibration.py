@@ -24,6 +24,7 @@ from dcr.core.config import ConfigError, EvaluationSets, LoraConfig, ModelConfig
 from dcr.core.evaluation import metrics, subjects
 from dcr.core.generation import OpeningBias
 from dcr.core.models import Policy, folders, structure
+from dcr.core.models.training import save_adapter, save_full
 from dcr.core.runs import Run
 from dcr.core.sources import Example, read
 from dcr.extensions import EvalSettings
@@ -281,12 +282,12 @@ def test_a_run_can_be_the_target(tmp_path: Path) -> None:
     with torch.no_grad():
         for weight in outspoken.model.parameters():
             weight *= 1 if weight.dim() == 1 else 5  # so that some prompts open as a refusal does
-    folders.save_full(outspoken, reference.stage("contrastive"))
+    save_full(outspoken, reference.stage("contrastive"))
     made = {"method": "dcr", "seed": 0, "preset_name": "-", "dcr": {}, "sft": {}}
     made |= {"model": config.plain(settings.model), "data": {"toxic": {"source": ["harmfulqa"]}}}
     reference.config_file.write_text(yaml.safe_dump(made))
     settings, run = resolved(tmp_path, f"calibrate={reference.folder}")
-    policy = folders.open_folder(str(reference.stage("contrastive")), Precision.fp32)
+    policy = models.open_folder(str(reference.stage("contrastive")), Precision.fp32)
     chat = prompts.chat_format(policy.tokenizer, settings.model)
     rows = read("contrasts_toxic_heldout")
     forks = [f for batch in calibration.beginnings(policy, chat, rows, 3) for f in batch]
@@ -416,7 +417,7 @@ def test_a_tuned_folder_gets_a_bias_of_its_own_for_the_share(
     kind: str, command: Any, policy: Policy, tmp_path: Path
 ) -> None:
     base, folder = tmp_path / "base", tmp_path / kind
-    folders.save_full(policy, base)
+    save_full(policy, base)
     (base / storage.CHECKSUMS).unlink()  # as a user's own
     if kind == "adapter":
         opened = models.open_policy(ModelConfig(name=str(base)), Precision.fp32)
@@ -424,7 +425,7 @@ def test_a_tuned_folder_gets_a_bias_of_its_own_for_the_share(
         with torch.no_grad():
             for name, weight in tuned.named_parameters():
                 weight.add_(0.05 * ("lora_B" in name))
-        folders.save_adapter(replace(opened, model=tuned), folder, base)
+        save_adapter(replace(opened, model=tuned), folder, base)
     else:
         folder = base
     words = [f"model={folder}", "calibrate=0.4", "precision=fp32"]

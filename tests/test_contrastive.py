@@ -38,7 +38,7 @@ from dcr.core.config.training import NLLSource, Pooling, TrainConfig
 from dcr.core.data import rows_of, split
 from dcr.core.data.module import PromptBatch, SafetyData, pair_batch, prompt_batch
 from dcr.core.data.rows import PairRow, feature_row
-from dcr.core.models import Policy, folders, structure
+from dcr.core.models import Policy, structure
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
 from dcr.core.training import callbacks
@@ -278,7 +278,7 @@ def test_lora_trains_the_blocks_up_to_the_layer_and_is_merged(
     linear = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     assert moved
     assert all(".layers.0." in name and name.split(".")[-2] in linear for name in moved)
-    reopened = folders.open_folder(str(run / "contrastive"), config.Precision.fp32)
+    reopened = models.open_folder(str(run / "contrastive"), config.Precision.fp32)
     assert not any("lora" in name for name, _ in reopened.model.named_parameters())
 
 

@@ -15,10 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from dcr import cli, keywords
 from dcr import eval as eval_entry
-from dcr.core import generation, refusal, storage
+from dcr.core import generation, models, refusal, storage
 from dcr.core.config import ConfigError, DataError, Precision, SourcesByKind, UserError
 from dcr.core.evaluation import metrics, subjects
-from dcr.core.models import folders
 from dcr.core.runs import Run
 from dcr.extensions import EvalSettings
 from dcr.judges import pairwise
@@ -403,7 +402,7 @@ def test_a_template_that_is_no_text_is_named_before_weights_open(
 def test_an_adapter_by_its_folder_stands_on_its_own_base(fresh: Run) -> None:
     settings, run = in_folder(fresh.stage("sft"), "data=demo")
     eval_entry.evaluate(settings, run)
-    base = folders.open_folder(str(fresh.stage("contrastive")), Precision.fp32)
+    base = models.open_folder(str(fresh.stage("contrastive")), Precision.fp32)
     base.model.model.layers[0].mlp.up_proj.weight.data += 1
     base.model.save_pretrained(fresh.stage("contrastive"))
     settings, run = in_folder(fresh.stage("sft"), "data=demo")

@@ -35,6 +35,7 @@ from dcr.core.config import (
 from dcr.core.evaluation import subjects
 from dcr.core.evaluation.sets import PromptSet
 from dcr.core.models import Policy, folders
+from dcr.core.models.training import save_adapter, save_full
 from dcr.core.runs import Run
 from dcr.core.sources import Example, read
 from dcr.extensions import EvalSettings
@@ -139,10 +140,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
     policy = Policy(model, models.byte_tokenizer(), "made")
-    folders.save_full(policy, run.stage("contrastive"))
+    save_full(policy, run.stage("contrastive"))
     stage_one = _logits(model)
     sft = Policy(adapted(model), policy.tokenizer, "made")
-    folders.save_adapter(sft, run.stage("sft"), run.stage("contrastive"))
+    save_adapter(sft, run.stage("sft"), run.stage("contrastive"))
     run.config_file.write_text(yaml.safe_dump(CONFIG, allow_unicode=True))
     run.rows_file.write_text(json.dumps(ROWS))
     return Made(run, _logits(sft.model), stage_one)
@@ -378,9 +379,9 @@ def test_an_export_of_a_base_that_samples_and_penalises_decodes_as_evaluated(mov
 
 
 def test_another_base_is_refused(moved: Run) -> None:
-    model = folders.open_folder(str(moved.stage("contrastive")), Precision.fp32)
+    model = models.open_folder(str(moved.stage("contrastive")), Precision.fp32)
     next(model.model.parameters()).data.add_(1e-3)
-    folders.save_full(model, moved.stage("contrastive"))
+    save_full(model, moved.stage("contrastive"))
     with pytest.raises(ConfigError, match="not the base this adapter was trained on"):
         export.export(moved, moved.folder / "out")
     assert not (moved.folder / "out").exists()

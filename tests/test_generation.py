@@ -549,7 +549,7 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(
             raise shortage
         return list(rows)
 
-    done = list(machine.halving(range(12), size, "gen.batch_size", work))
+    done = list(generation.halving(range(12), size, "gen.batch_size", work))
     assert [row for batch in done for row in batch] == list(range(12))
     assert sizes == tried
     assert f"gen.batch_size is now {tried[-1]}" in caplog.text
@@ -583,7 +583,7 @@ def test_one_prompt_too_many_and_other_errors_are_raised(size: int, error: Excep
         raise error
 
     with pytest.raises(type(error), match=str(error)):
-        list(machine.halving(ROWS, size, "gen.batch_size", never))
+        list(generation.halving(ROWS, size, "gen.batch_size", never))
 
 
 def test_torchs_own_shortage_of_memory_is_known() -> None:
@@ -662,13 +662,13 @@ def test_a_control_groups_limit_bounds_what_is_free(tmp_path: Path) -> None:
         (folder / "memory.current").write_text(f"{used}\n")
         (folder / "memory.stat").write_text(f"anon 1\ninactive_file {files}\n")
 
-    assert machine.bytes_left(machine.control_groups(root, own)) == 2**62  # no such folders
+    assert generation.bytes_left(machine.control_groups(root, own)) == 2**62  # no such folders
     group("slice/job", "max", 10, 0)
-    assert machine.bytes_left(machine.control_groups(root, own)) == 2**62
+    assert generation.bytes_left(machine.control_groups(root, own)) == 2**62
     group("slice", "1000", 400, 50)
-    assert machine.bytes_left(machine.control_groups(root, own)) == 650
+    assert generation.bytes_left(machine.control_groups(root, own)) == 650
     group("slice/job", "500", 10, 0)
-    assert machine.bytes_left(machine.control_groups(root, own)) == 490
+    assert generation.bytes_left(machine.control_groups(root, own)) == 490
     assert 0 < generation.free_bytes(torch.device("cpu")) < 2**50
 
 

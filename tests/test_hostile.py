@@ -216,12 +216,12 @@ def test_only_regular_files_are_read(model: Path, name: str, special: str) -> No
     file = model / name
     file.unlink(missing_ok=True)
     os.mkfifo(file) if special == "pipe" else file.symlink_to("/dev/zero")
-    for command in (lambda: opened(model), lambda: folders.open_folder(str(model), Precision.fp32)):
+    for command in (lambda: opened(model), lambda: models.open_folder(str(model), Precision.fp32)):
         with pytest.raises(UserError, match=f"{name}: cannot be read .a pipe or device"):
             command()
     if name == "model.safetensors":
         with pytest.raises(UserError, match="a pipe or device"):
-            folders.weights_fingerprint(model)
+            storage.weights_fingerprint(model)
 
 
 def reweighed(model: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -257,4 +257,4 @@ def test_a_tokenizer_without_tokens_is_refused_as_it_is_opened(model: Path) -> N
         models.open_tokenizer(ModelConfig(name=str(model)))
     storage.write_checksums(model)
     with pytest.raises(UserError, match="its tokenizer makes no token of"):
-        folders.open_folder(str(model), Precision.fp32)
+        models.open_folder(str(model), Precision.fp32)

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from dcr.core import losses, models, storage
 from dcr.core.config import ConfigError, LoraConfig, ModelConfig, Precision
 from dcr.core.models import Policy, folders, structure
+from dcr.core.models.training import freeze_beyond, save_adapter, save_full
 from tests import shapes
 
 DEPTH, WIDTH = 3, 32
@@ -149,7 +150,7 @@ def test_lists_inside_a_block_are_no_blocks_and_two_lists_are_refused() -> None:
 @pytest.mark.parametrize("told", [None, True, False])
 def test_exactly_the_trunk_trains(named: tuple[str, Any], told: bool | None) -> None:
     name, model = named
-    structure.freeze_beyond(model, 1, told)
+    freeze_beyond(model, 1, told)
     embeddings = model.get_input_embeddings().weight
     expected = {id(p) for p in structure.decoder_blocks(model)[0].parameters()}
     if told or (told is None and name not in TIED):
@@ -158,7 +159,7 @@ def test_exactly_the_trunk_trains(named: tuple[str, Any], told: bool | None) -> 
     tied = model.get_output_embeddings().weight is embeddings
     assert tied == (name in TIED)
     blocks = structure.decoder_blocks(model)
-    structure.freeze_beyond(model, len(blocks), False)  # deeper trains more
+    freeze_beyond(model, len(blocks), False)  # deeper trains more
     expected = {id(p) for p in blocks.parameters()}
     assert {id(p) for p in model.parameters() if p.requires_grad} == expected
 
@@ -268,7 +269,7 @@ def test_what_cannot_be_opened_is_named(open_it: Any, tmp_path: Path) -> None:
 
 def saved(folder: Path, model: Any) -> Policy:
     policy = Policy(model, models.byte_tokenizer(), "made")
-    folders.save_full(policy, folder)
+    save_full(policy, folder)
     return policy
 
 
@@ -306,7 +307,7 @@ def test_a_damaged_folder_is_refused(tmp_path: Path, damage: Any) -> None:
     damage(tmp_path / "model.safetensors")
     storage.write_checksums(tmp_path)  # which tell nothing of a folder that others made
     with pytest.raises(ConfigError, match=f"{tmp_path}: cannot be opened"):
-        folders.open_folder(str(tmp_path), Precision.fp32)
+        models.open_folder(str(tmp_path), Precision.fp32)
     with pytest.raises(ConfigError, match=f"model.name={tmp_path}: cannot be opened"):
         models.open_policy(ModelConfig(name=str(tmp_path)), Precision.fp32)
 
@@ -433,7 +434,7 @@ def test_kernels_of_the_hub_are_for_those_who_trust_them_and_odd_weights_are_sai
 def stored(model: Any, folder: Path, base: Path | str) -> Any:
     """The model with an adapter, which now lies in the folder."""
     adapted = structure.add_lora(model, LoraConfig(targets=["q_proj"]), seed=0)
-    folders.save_adapter(Policy(adapted, models.byte_tokenizer(), "made"), folder, base)
+    save_adapter(Policy(adapted, models.byte_tokenizer(), "made"), folder, base)
     return adapted
 
 
@@ -442,9 +443,7 @@ def with_adapter(run: Path) -> tuple[Path, Tensor]:
     policy = saved(run / "contrastive", byte_model())
     adapted = shapes.adapted(policy.model)
     for place in ("sft", "snapshots/step-000002"):
-        folders.save_adapter(
-            Policy(adapted, policy.tokenizer, "made"), run / place, run / "contrastive"
-        )
+        save_adapter(Policy(adapted, policy.tokenizer, "made"), run / place, run / "contrastive")
     return run / "sft", logits(adapted.eval())
 
 
@@ -453,7 +452,7 @@ def test_a_moved_run_says_the_same(tmp_path: Path) -> None:
     away = tmp_path / "far" / "away"
     away.parent.mkdir()
     shutil.move(tmp_path / "run", away)
-    base = logits(folders.open_folder(str(away / "contrastive"), Precision.fp32).model)
+    base = logits(models.open_folder(str(away / "contrastive"), Precision.fp32).model)
     assert not torch.allclose(base, in_memory, atol=0.01)
     for place in ("sft", "snapshots/step-000002"):
         assert folders.adapter_base(away / place) == str(away / "contrastive")
@@ -525,7 +524,7 @@ def test_an_adapter_on_the_tiny_model_opens_as_any_other(
     monkeypatch.setenv("DCR_CACHE", str(tmp_path / "cache"))
     base = models.open_policy(TINY, Precision.fp32)
     adapted = shapes.adapted(base.model)
-    folders.save_adapter(Policy(adapted, base.tokenizer, "made"), tmp_path / "sft", base.name)
+    save_adapter(Policy(adapted, base.tokenizer, "made"), tmp_path / "sft", base.name)
     opened = folders.open_adapter(tmp_path / "sft", Precision.fp32)
     assert torch.equal(logits(opened.model), logits(adapted.eval()))
     made, told = byte_model(), models.open_tokenizer(TINY)

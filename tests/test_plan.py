@@ -19,6 +19,7 @@ from dcr.core.config import ConfigError, DataError, Kind, LoraConfig, Method, Pr
 from dcr.core.config.training import TrainConfig
 from dcr.core.data.module import pair_batch, prompt_batch
 from dcr.core.models import structure
+from dcr.core.models.training import freeze_beyond
 from dcr.core.runs import Run
 from dcr.core.sources import Example
 from dcr.extensions import TrainSettings
@@ -267,7 +268,7 @@ def test_no_step_beyond_the_block_without_nll(local: Path) -> None:
 def _trained(told: TrainConfig, which: Stage, dtype: torch.dtype) -> Any:
     model = AutoModelForCausalLM.from_config(models.architecture(told.model), dtype=dtype)
     if which is Stage.contrastive:
-        structure.freeze_beyond(model, told.dcr.layer or 1, None)
+        freeze_beyond(model, told.dcr.layer or 1, None)
         return model.train()
     return structure.add_lora(model, LoraConfig(targets=["all-linear"]), seed=0).train()
 

@@ -27,7 +27,7 @@ from dcr.core import config, data, models, passes, prompts, runs
 from dcr.core.config import ConfigError, Kind, LoraConfig, Stage
 from dcr.core.config.training import ReadoutConfig, TrainConfig
 from dcr.core.data.rows import SEEMINGLY_TOXIC, TOXIC
-from dcr.core.models import Policy, folders, structure
+from dcr.core.models import Policy, structure
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
 from dcr.core.sources import Example
@@ -209,11 +209,8 @@ def test_stopped_anywhere_a_run_ends_as_if_nothing_had_been(
         if isinstance(where, int):
             at_each_step(patched, lambda trainer, *_: trainer.global_step == where and stop())
         else:
-            owner, name = {
-                "preparing": (readout, "half_pass"),
-                "saving": (folders, "save_adapter"),
-            }[where]
-            patched.setattr(owner, name, failing(Stop()))
+            name = {"preparing": "half_pass", "saving": "save_adapter"}[where]
+            patched.setattr(readout, name, failing(Stop()))
         with pytest.raises(Stop):
             train.train(tiny, Run(sft))
     assert not (sft / "readout").exists()

@@ -27,11 +27,10 @@ from tiny_run import (
 )
 
 from dcr import train
-from dcr.core import machine, models, storage
+from dcr.core import generation, models, storage, training
 from dcr.core.config import Method, UserError
 from dcr.core.config.training import SFTConfig, TrainConfig
 from dcr.core.data.module import PairBatch
-from dcr.core.models import folders
 from dcr.core.runs import Run
 from dcr.core.training import resuming
 from dcr.core.training.contrastive import ContrastiveModule
@@ -191,9 +190,9 @@ def test_stopped_again_and_again_it_goes_on_with_the_next_step(
 
 FAULTS = [
     (SFTModule, "validation_step", Stop()),  # when the step before is repeated
-    (folders, "save_adapter", Stop()),  # when the result is being written
+    (training, "save_adapter", Stop()),  # when the result is being written
     (SFTModule, "nll", torch.OutOfMemoryError("CUDA out of memory. Tried 20 GiB.\nmore")),
-    (folders, "save_full", UserError("disk full")),
+    (training, "save_full", UserError("disk full")),
 ]
 
 
@@ -243,7 +242,7 @@ def test_passes_follow_from_the_settings_however_little_memory_is_free(
     tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another number would draw other dropout masks, and weights would tell of the machine."""
-    monkeypatch.setattr(machine, "free_bytes", lambda: 0)
+    monkeypatch.setattr(generation, "free_bytes", lambda _: 0)
     sft, run = replace(tiny.sft, micro_tokens=SFTConfig().micro_tokens), Run(tmp_path / "run")
     passes: list[int] = []
     kept = SFTModule.training_step

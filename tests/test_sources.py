@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dcr import contamination
-from dcr.core import sources
+from dcr.core import data, sources
 from dcr.core.config import ConfigError, DataError, Kind
 from dcr.core.sources import SOURCES, Example
 from dcr.core.sources.jsonl import LONGEST_LINE
@@ -603,7 +603,7 @@ def test_draws_and_splits_follow_from_the_seed_alone() -> None:
     rows = [example(str(i), group=f"g{i}") for i in range(50)]
     drawn = [e.id for e in sources.draw(rows, 9, 3)]
     assert " ".join(drawn) == "27 38 32 15 20 10 9 48 0"
-    held_out = [e.id for e in sources.split_by_group(rows, 0.4, 3)[1]]
+    held_out = [e.id for e in data.split_by_group(rows, 0.4, 3)[1]]
     assert " ".join(held_out) == "0 4 5 7 10 13 15 17 18 19 20 23 24 28 29 31 33 34 36 40 43 45"
 
 
@@ -619,22 +619,22 @@ def test_groups_stay_together_across_calls_and_shares_are_met() -> None:
     safe = [example(f"s{i}", group=f"g{i % 500}") for i in range(1000)]
     unsafe = [example(f"u{i}", group=f"g{i}") for i in range(500)]
     for seed in (0, 1):
-        train, heldout = sources.split_by_group(safe, 0.3, seed)
-        train_unsafe, heldout_unsafe = sources.split_by_group(unsafe, 0.3, seed)
+        train, heldout = data.split_by_group(safe, 0.3, seed)
+        train_unsafe, heldout_unsafe = data.split_by_group(unsafe, 0.3, seed)
         assert sorted(e.id for e in train + heldout) == sorted(e.id for e in safe)
         sides = [{e.group for e in side} for side in (train, heldout)]
         assert not sides[0] & sides[1]
         assert {e.group for e in train_unsafe} == sides[0]
         assert {e.group for e in heldout_unsafe} == sides[1]
         assert 110 < len(sides[1]) < 190  # mean 150, standard deviation 10.2
-    assert sources.split_by_group(safe, 0.3, 0) != sources.split_by_group(safe, 0.3, 1)
+    assert data.split_by_group(safe, 0.3, 0) != data.split_by_group(safe, 0.3, 1)
 
 
 def test_rows_without_a_group_are_split_by_id() -> None:
-    train, heldout = sources.split_by_group(examples(100), 0.5, 0)
+    train, heldout = data.split_by_group(examples(100), 0.5, 0)
     assert 25 < len(heldout) < 75
     assert len(train) == 100 - len(heldout)
-    assert sources.split_by_group(examples(100), 0.0, 0) == (examples(100), [])
+    assert data.split_by_group(examples(100), 0.0, 0) == (examples(100), [])
 
 
 def test_fingerprint_sees_every_field_its_borders_and_the_order() -> None:

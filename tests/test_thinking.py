@@ -18,7 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from dcr import cli, outcomes
 from dcr import eval as eval_entry
 from dcr.calibration import biases
-from dcr.core import generation, models, prompts, refusal, thoughts
+from dcr.core import generation, models, prompts, refusal
 from dcr.core.config import ConfigError, DataError, Kind, ModelConfig
 from dcr.core.evaluation import metrics, subjects
 from dcr.core.models import Policy
@@ -114,7 +114,7 @@ def test_prompts_end_behind_an_empty_thought(name: str) -> None:
 def test_the_same_template_opens_a_thought(name: str) -> None:
     template, _, begun = CASES[name]
     chat = formatted(template)
-    opened = thoughts.opened(chat.template, chat.render)
+    opened = reasoning.opened_template(chat.template, chat.render)
     assert opened is not None
     assert header(dataclasses.replace(chat, template=opened)) == begun
 
@@ -124,7 +124,7 @@ def test_a_template_without_thoughts_is_as_it_was() -> None:
         chat = formatted(template)
         assert chat.template == template
         assert chat.marks is None
-        assert thoughts.opened(template, chat.render) is None
+        assert reasoning.opened_template(template, chat.render) is None
 
 
 def test_a_template_that_only_speaks_of_thoughts_is_left_alone_unless_told(

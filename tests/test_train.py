@@ -13,7 +13,7 @@ from dcr.choice import transfer
 from dcr.core import continuing, data, models
 from dcr.core.config import ConfigError, Precision
 from dcr.core.config.training import TrainConfig
-from dcr.core.models import folders
+from dcr.core.models.training import save_full
 from dcr.core.runs import Run
 from dcr.core.training.sft import SFTModule
 
@@ -106,7 +106,7 @@ def test_other_weights_under_the_same_name(
 ) -> None:
     base = tmp_path / "base"
     policy = models.open_policy(tiny.model, Precision.fp32)
-    folders.save_full(policy, base)
+    save_full(policy, base)
     made = replace(tiny, model=replace(tiny.model, name=str(base), architecture=None))
     made = changed(made, "method=stl")
 
@@ -115,7 +115,7 @@ def test_other_weights_under_the_same_name(
         with pytest.raises(Stop):
             train.train(made, Run(tmp_path / "run"))
     policy.model.get_input_embeddings().weight.data[5] += 1
-    folders.save_full(policy, base)
+    save_full(policy, base)
     with pytest.raises(ConfigError, match="made from other weights"):
         train.train(made, Run(tmp_path / "run"))
 

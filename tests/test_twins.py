@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dcr import augment, twins
-from dcr.core import sources
+from dcr.core import data, sources
 from dcr.core.config import Kind
 from tests.servers.scripted import Body, Scripted, last_user, scripted
 
@@ -111,7 +111,7 @@ def test_twins_are_written_answered_and_paired(
     harmless = sources.read(str(out), kind=Kind.seemingly_toxic)
     assert [row.group for row in harmless] == [row.id.removeprefix("twin-") for row in harmless]
     both = [
-        {row.group or row.id for row in sources.split_by_group(part, 0.5, seed=1)[1]}
+        {row.group or row.id for row in data.split_by_group(part, 0.5, seed=1)[1]}
         for part in (harmless, sources.read(str(tmp_path / "toxic.jsonl"), kind=Kind.toxic))
     ]
     assert both[0] == both[1] & {row.group for row in harmless}

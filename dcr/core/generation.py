@@ -13,8 +13,9 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
+import psutil
 import torch
 from jaxtyping import Bool, Float, Int
 from pydantic import FiniteFloat
@@ -38,6 +39,8 @@ MOST = {"cuda": 512, "cpu": 64}  # more prompts at once take longer and decode n
 ENDED = 1 / 8  # share of ended rows from which a copy of the others' cache is worth its cost
 KEYS, STATE = passes.CACHES  # arguments by which a model takes keys and values, or a state
 
+Row = TypeVar("Row")
+Done = TypeVar("Done")
 Encoded = tuple[Example, list[int]]  # a row and its prompt's token ids
 
 
@@ -129,7 +132,7 @@ def complete(
             for (row, _), answer, mass in zip(batch, answers, masses.tolist(), strict=True)
         ]
 
-    return machine.halving(waiting, size, "gen.batch_size", answered)
+    return halving(waiting, size, "gen.batch_size", answered)
 
 
 def ordered(
@@ -423,8 +426,52 @@ def prompt_bytes(config: Any, itemsize: int, prompt_tokens: int, new_tokens: int
 
 
 def free_bytes(device: torch.device) -> int:
-    """The memory that is still free; on a GPU it includes torch's own reserve."""
+    """The memory that this process may still take; on a GPU it includes torch's own reserve."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return machine.free_bytes()
+    return min(psutil.virtual_memory().available, bytes_left(machine.control_groups()))
+
+
+def bytes_left(groups: Sequence[Path]) -> int:
+    """The bytes that the limits of control groups leave, as in a container or a Slurm job.
+
+    Beyond such a limit the kernel kills the process, which can catch no error. The machine's free
+    memory does not show the limit.
+    """
+    least = 2**62
+    for group in groups:
+        try:
+            limit = (group / "memory.max").read_text().strip()
+            used = int((group / "memory.current").read_text())
+            stat = (group / "memory.stat").read_text().splitlines()
+        except OSError:  # the root has no limit, and other systems have no such files
+            continue
+        if limit != "max":
+            # file pages not in use are given back before anything is killed
+            reclaimed = int(dict(line.split() for line in stat).get("inactive_file", 0))
+            least = min(least, int(limit) - used + reclaimed)
+    return least
+
+
+def halving(
+    rows: Sequence[Row], size: int, setting: str, work: Callable[[Sequence[Row]], Done]
+) -> Iterator[Done]:
+    """Yields `work` of `size` rows at a time, and halves the size whenever memory runs out.
+
+    A warning names the `setting` that gave the size.
+    """
+    while rows:
+        try:
+            done = work(rows[:size])
+        except (RuntimeError, MemoryError) as error:
+            if size == 1 or not machine.is_out_of_memory(error):
+                raise
+            done = None
+        if done is None:  # outside the clause, whose error would hold tensors of its frames
+            torch.cuda.empty_cache()
+            size = max(1, min(size, len(rows)) // 2)
+            log.warning("out of memory: %s is now %d", setting, size)
+            continue
+        rows = rows[size:]
+        yield done

@@ -14,7 +14,7 @@ Torch gets as many threads as cores that the process may use and others leave fr
 threads where another process holds one of two cores takes many times that of one thread, since
 every product waits for the slower half.
 
-Rows are grouped by length, so that little is padded, and a batch is halved where memory runs out.
+Rows are grouped by length, so that little is padded.
 Torch is imported in functions: help, a plan and a user's error do not wait for it.
 """
 
@@ -22,10 +22,10 @@ import logging
 import math
 import os
 import resource
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Sized
+from collections.abc import Collection, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Bool, Int
 
@@ -38,8 +38,6 @@ else:
 
 log = logging.getLogger(__name__)
 
-Row = TypeVar("Row")
-Done = TypeVar("Done")
 
 NATIVE = {"contrastive": Precision.mixed, "sft": Precision.bf16, "evaluation": Precision.bf16}
 # CPU units that multiply bf16, by their flags, as torch spells them.
@@ -289,34 +287,6 @@ def quota(groups: Sequence[Path]) -> float:
 # --- memory ---------------------------------------------------------------------------------------
 
 
-def free_bytes() -> int:
-    """The bytes of the machine's memory that this process may still take."""
-    import psutil
-
-    return min(psutil.virtual_memory().available, bytes_left(control_groups()))
-
-
-def bytes_left(groups: Sequence[Path]) -> int:
-    """The bytes that the limits of control groups leave, as in a container or a Slurm job.
-
-    Beyond such a limit the kernel kills the process, which can catch no error. The machine's free
-    memory does not show the limit.
-    """
-    least = 2**62
-    for group in groups:
-        try:
-            limit = (group / "memory.max").read_text().strip()
-            used = int((group / "memory.current").read_text())
-            stat = (group / "memory.stat").read_text().splitlines()
-        except OSError:  # the root has no limit, and other systems have no such files
-            continue
-        if limit != "max":
-            # file pages not in use are given back before anything is killed
-            reclaimed = int(dict(line.split() for line in stat).get("inactive_file", 0))
-            least = min(least, int(limit) - used + reclaimed)
-    return least
-
-
 def peak_memory_gib() -> float:
     """The most memory that this process has held, on the GPU if there is one, else in RAM."""
     import torch
@@ -379,28 +349,3 @@ def attention_mask(
 ) -> Bool[Tensor, "batch length"]:
     """True for a token, False for padding; not derived from ids, as a pad id can be a token."""
     return padded([[1] * len(s) for s in sequences], 0, left).bool()
-
-
-def halving(
-    rows: Sequence[Row], size: int, setting: str, work: Callable[[Sequence[Row]], Done]
-) -> Iterator[Done]:
-    """Yields `work` of `size` rows at a time, and halves the size whenever memory runs out.
-
-    A warning names the `setting` that gave the size.
-    """
-    while rows:
-        try:
-            done = work(rows[:size])
-        except (RuntimeError, MemoryError) as error:
-            if size == 1 or not is_out_of_memory(error):
-                raise
-            done = None
-        if done is None:  # outside the clause, whose error would hold tensors of its frames
-            import torch
-
-            torch.cuda.empty_cache()
-            size = max(1, min(size, len(rows)) // 2)
-            log.warning("out of memory: %s is now %d", setting, size)
-            continue
-        rows = rows[size:]
-        yield done

@@ -363,7 +363,7 @@ class Checksums:
     """`checksums.json` of a folder: the SHA-256 of every file in it.
 
     A weight file's checksum also covers the weight files before it, with their names:
-    `folders.weights_fingerprint` shortens the last one, so that weights are read once for both.
+    `weights_fingerprint` shortens the last one, so that weights are read once for both.
     """
 
     weights: dict[str, str]
@@ -440,6 +440,12 @@ def running_sha256(files: Sequence[Path], named: bool = False) -> list[str]:
     if settled:
         SUMS[states, named] = sums
     return sums
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """The SHA-256 over the safetensors files of a folder, in name order (16 hex digits)."""
+    sums = running_sha256(sorted(folder.glob("*.safetensors")), named=True)
+    return (sums[-1] if sums else hashlib.sha256().hexdigest())[:16]
 
 
 def _state(file: Path) -> tuple[int, int, int, int]:

@@ -1,8 +1,8 @@
-"""The thought before an answer: the marks around it, and templates that end or begin it.
+"""The thought before an answer: the marks around it, and templates that end it.
 
 A thinking model reasons before it answers. All that is read where an answer begins stands behind
 that, so that a prompt has to end behind a thought: an empty one (`closed`), or one that the model
-has written (`opened`). Marks and switch come from the template, never from the model's name.
+has written. Marks and switch come from the template, never from the model's name.
 """
 
 import functools
@@ -100,7 +100,7 @@ def closed(template: str, render: Render, always: bool = False) -> tuple[str, bo
     plain = given(template, {switch: False} if switch else {})
     prompt, dialogue = render(plain, False, {}), render(plain, True, {})
     behind = dialogue[len(prompt) :] if dialogue.startswith(prompt) else ""
-    shown, state = behind.partition(ANSWER)[0], _state(prompt, marks)
+    shown, state = behind.partition(ANSWER)[0], state_of(prompt, marks)
     if marks.answers in shown or (state == marks.answers and shown.isspace()):
         end = shown
     elif state == marks.opens:
@@ -111,20 +111,7 @@ def closed(template: str, render: Render, always: bool = False) -> tuple[str, bo
     else:
         end = ""
     known = bool(switch or end or state)
-    return _ended(plain, end, f"not {switch or SWITCHES[0]}"), known
-
-
-def opened(template: str, render: Render) -> str | None:
-    """The template whose prompts end where a thought begins; None if it closes each."""
-    marks = marks_of(template)
-    if marks is None:
-        return None
-    switch = switch_of(template, render)
-    plain = given(template, {switch: True} if switch else {})
-    state = _state(render(plain, False, {}), marks)
-    if state == marks.answers:
-        return None
-    return _ended(plain, "" if state == marks.opens else marks.opens, "true")
+    return ended(plain, end, f"not {switch or SWITCHES[0]}"), known
 
 
 def switch_of(template: str, render: Render) -> str | None:
@@ -136,7 +123,7 @@ def switch_of(template: str, render: Render) -> str | None:
     return None
 
 
-def _state(prompt: str, marks: Marks) -> str:
+def state_of(prompt: str, marks: Marks) -> str:
     """The mark that stands last behind the user's words, in the header of the answer; or none."""
     header = prompt.rpartition(PROMPT)[2]
     places = {mark: header.rfind(mark.strip()) for mark in (marks.opens, marks.answers)}
@@ -144,7 +131,7 @@ def _state(prompt: str, marks: Marks) -> str:
     return last if places[last] >= 0 else ""
 
 
-def _ended(template: str, end: str, condition: str) -> str:
+def ended(template: str, end: str, condition: str) -> str:
     """The template with `end` behind its header of an answer."""
     if not end:
         return template

@@ -23,7 +23,7 @@ from dcr.core.evaluation.protocols import Ask, Change, Masses
 from dcr.core.evaluation.sets import PromptSet, kept, set_name
 from dcr.core.evaluation.subjects import Local
 from dcr.core.generation import Completion, OpeningBias
-from dcr.core.models import Policy, folders
+from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
 from dcr.core.sources import SOURCES, Example
@@ -59,7 +59,7 @@ class Gated(Change):
         folder = folder_of(subject.settings)
         words = classifier.record_of(folder)["refusal"]
         threshold = threshold_of(subject.settings)
-        return {"gate": [folders.weights_fingerprint(folder), words, threshold]}
+        return {"gate": [storage.weights_fingerprint(folder), words, threshold]}
 
     def prepared(self, subject: Local) -> dict[str, Any]:
         """Gives the subject its threshold, and the bias with which the gate decides alone."""
@@ -118,7 +118,7 @@ def threshold_of(settings: EvalConfig) -> float:
 def scored(subject: Local, asked: Sequence[PromptSet]) -> dict[str, list[Scored]]:
     """The scores of the prompts of each set; the run keeps them, and missing ones open the gate."""
     settings, folder = subject.settings, folder_of(subject.settings)
-    of = [folders.weights_fingerprint(folder), settings.precision.value]
+    of = [storage.weights_fingerprint(folder), settings.precision.value]
 
     def ask(rows: list[Example]) -> Iterator[list[Scored]]:
         trusted, accelerator = settings.model.trust_remote_code, settings.trainer.accelerator

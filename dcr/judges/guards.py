@@ -18,10 +18,10 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from dcr.core import machine
+from dcr.core import generation, machine, storage
 from dcr.core.config import ConfigError, DataError, Kind
 from dcr.core.generation import Completion, decoded
-from dcr.core.models import Policy, folders, read_architecture, refused_as, structure, whole_model
+from dcr.core.models import Policy, read_architecture, refused_as, structure, whole_model
 from dcr.core.models.structure import DTYPES
 from dcr.core.prompts import ZERO_WIDTH_SPACE, ChatFormat
 from dcr.core.text import transcript
@@ -184,7 +184,7 @@ def identity(settings: GuardConfig) -> dict[str, object]:
         **asked,
         "model": settings.model,
         "revision": settings.revision,
-        "weights": folders.weights_fingerprint(folder) if folder.is_dir() else None,
+        "weights": storage.weights_fingerprint(folder) if folder.is_dir() else None,
         "precision": settings.precision.value,
     }
 
@@ -290,7 +290,7 @@ def judged_in_batches(
             "gen.max_new_tokens or choose another guard"
         )
     write = functools.partial(_written, guard, NEW_TOKENS[node])
-    yield from machine.halving(waiting, settings.batch_size, f"{node}.batch_size", write)
+    yield from generation.halving(waiting, settings.batch_size, f"{node}.batch_size", write)
 
 
 def _written(

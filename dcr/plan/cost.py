@@ -106,6 +106,7 @@ def stage_shape(settings: TrainConfig, stage: Stage) -> Shape:
 
     from dcr.core import models
     from dcr.core.models import structure
+    from dcr.core.models.training import freeze_beyond
 
     first, lora = stage is Stage.contrastive, lora_of(settings, stage)
     model = models.skeleton(settings.model)
@@ -118,7 +119,7 @@ def stage_shape(settings: TrainConfig, stage: Stage) -> Shape:
     narrow = {n: _size(w for w in ws if id(w) in layers) for n, ws in parts.items()}
     widest = max((w.numel() for w in blocks.parameters() if id(w) in layers), default=0)
     if lora is None:
-        structure.freeze_beyond(model, block, settings.dcr.train_embeddings)
+        freeze_beyond(model, block, settings.dcr.train_embeddings)
     else:
         own = {id(weight) for part in parts.values() for weight in part}
         with torch.device("meta"):

@@ -24,6 +24,7 @@ from dcr.core.data.module import Batch, Feed, SafetyData
 from dcr.core.data.rows import NO_CLASS, SEEMINGLY_TOXIC, TOXIC
 from dcr.core.machine import attention_mask, padded
 from dcr.core.models import Policy, folders, structure
+from dcr.core.models.training import save_adapter
 from dcr.core.training import Job, callbacks
 from dcr.core.training.resuming import ResumableModule, adamw, rate_factor
 from dcr.readout import WARMUP
@@ -52,7 +53,7 @@ def train(job: Job) -> None:
     if trainer.is_global_zero:
         record = module.record(batches, runs.read_metrics(run), settings.seed)
         storage.write_json(run.readout_file, record)
-        folders.save_adapter(policy, run.stage("readout"), folders.adapter_base(before))
+        save_adapter(policy, run.stage("readout"), folders.adapter_base(before))
         log.info("readout: %s", summary(record))
     training.end(job, Stage.readout, trainer)
 

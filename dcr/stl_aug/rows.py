@@ -8,7 +8,7 @@ from dcr import keywords
 from dcr.core import sources
 from dcr.core.config import ConfigError, DataConfig, DataError, Kind, is_path
 from dcr.core.config.training import TrainConfig
-from dcr.core.data import Cleaning, Splits, overlaps, without
+from dcr.core.data import Cleaning, Splits, overlaps, split_by_group, without
 from dcr.core.sources import SOURCES, Example, jsonl
 from dcr.stl_aug import AugmentConfig
 
@@ -32,7 +32,7 @@ def added(settings: TrainConfig, rows: Splits, cleaning: Cleaning) -> Splits:
             exempt |= cleaning.contrasts(source)
         answers = cleaning.apart_from_evaluation("augmented", answers, exempt)
         answers = cleaning.once("augmented", answers)
-    answers, unseen = sources.split_by_group(answers, config.group_holdout, cleaning.seed)
+    answers, unseen = split_by_group(answers, config.group_holdout, cleaning.seed)
     if named is None:
         count = config.seemingly_toxic.count
         answers, _ = cleaning.draw(answers, count, "data.seemingly_toxic.count")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from dcr import keywords
-from dcr.core import generation, machine, models, prompts, refusal, storage, thoughts
+from dcr.core import generation, models, prompts, refusal, storage, thoughts
 from dcr.core.config import ConfigError
 from dcr.core.config.evaluation import EvalConfig
 from dcr.core.evaluation import sets
@@ -116,13 +116,26 @@ class Thinking(Change):
 
 def opened(settings: EvalConfig, chat: ChatFormat) -> ChatFormat:
     """The format whose prompts end where a thought begins. ConfigError where there is none."""
-    template = thoughts.opened(chat.template, chat.render)
+    template = opened_template(chat.template, chat.render)
     if template is None:
         raise ConfigError(
             f"gen.thinking={settings.gen.thinking}: the chat template of model.name="
             f"{settings.model.name} opens no thought; leave it out"
         )
     return replace(chat, template=template)
+
+
+def opened_template(template: str, render: thoughts.Render) -> str | None:
+    """The template whose prompts end where a thought begins; None if it closes each."""
+    marks = thoughts.marks_of(template)
+    if marks is None:
+        return None
+    switch = thoughts.switch_of(template, render)
+    plain = thoughts.given(template, {switch: True} if switch else {})
+    state = thoughts.state_of(render(plain, False, {}), marks)
+    if state == marks.answers:
+        return None
+    return thoughts.ended(plain, "" if state == marks.opens else marks.opens, "true")
 
 
 def think(
@@ -139,7 +152,7 @@ def think(
     longest = max(len(ids) for _, ids in waiting)
     size = settings.gen.batch_size or generation.batch_size(policy.model, longest, budget)
     work = functools.partial(_thoughts, policy, chat, budget)
-    yield from machine.halving(waiting, size, "gen.batch_size", work)
+    yield from generation.halving(waiting, size, "gen.batch_size", work)
 
 
 def _thoughts(

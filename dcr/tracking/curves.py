@@ -17,7 +17,8 @@ from dcr.analyses import check_parameters, kinds, weights
 from dcr.core import models, results
 from dcr.core.config import ConfigError, DataConfig, Kind, Stage
 from dcr.core.config.training import TrainConfig
-from dcr.core.models import Policy, folders, structure
+from dcr.core.models import Policy
+from dcr.core.models.training import save_adapter, trained_weights
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
 from dcr.core.sources import Example
@@ -121,10 +122,10 @@ class Snapshots(Callback):
     def _save(self, trainer: Trainer) -> None:
         step = trainer.global_step
         if step in self.steps:
-            weights = structure.trained(self.policy.model)
+            weights = trained_weights(self.policy.model)
             if trainer.is_global_zero:
                 place = self.run.snapshots / f"step-{step:06d}"
-                folders.save_adapter(self.policy, place, self.policy.name, weights)
+                save_adapter(self.policy, place, self.policy.name, weights)
 
 
 class Tracker(Callback):

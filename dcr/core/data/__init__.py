@@ -6,6 +6,7 @@ drop, and which sets are in-distribution by design (XSTest safe for stage one) a
 """
 
 import functools
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -281,8 +282,8 @@ def _with_stage_one(
     toxic = without(toxic, taken)
     unseen: tuple[list[Example], list[Example]] = ([], [])
     if config.group_holdout > 0:
-        safe, safe_unseen = sources.split_by_group(safe, config.group_holdout, seed)
-        toxic, toxic_unseen = sources.split_by_group(toxic, config.group_holdout, seed)
+        safe, safe_unseen = split_by_group(safe, config.group_holdout, seed)
+        toxic, toxic_unseen = split_by_group(toxic, config.group_holdout, seed)
         unseen = (_shuffled(safe_unseen, seed), _shuffled(toxic_unseen, seed))
     count = config.seemingly_toxic.count
     safe, safe_left = cleaning.draw(safe, count, "data.seemingly_toxic.count", unseen[0])
@@ -324,7 +325,7 @@ def with_readout(rows: Splits, readout: ReadoutConfig, seed: int, cleaning: Clea
     for kind, rows_of_kind in ((Kind.seemingly_toxic, safe), (Kind.toxic, toxic)):
         name, names = f"readout_{kind.value}", getattr(readout, kind.value)
         by_topic = [replace(row, group=row.category or row.group) for row in rows_of_kind]
-        kept, heldout = sources.split_by_group(by_topic, readout.heldout, seed)
+        kept, heldout = split_by_group(by_topic, readout.heldout, seed)
         if not kept:
             raise ConfigError(f"sft.readout.{kind.value}: no row is left of {', '.join(names)}")
         parts |= {name: kept, f"{name}_heldout": heldout}
@@ -333,6 +334,24 @@ def with_readout(rows: Splits, readout: ReadoutConfig, seed: int, cleaning: Clea
     evaluated = cleaning.holding((*readout.seemingly_toxic, *readout.toxic))
     in_distribution = sorted({*rows.in_distribution, *evaluated})
     return replace(rows, **parts, in_distribution=in_distribution, unseen_groups=sorted(unseen))
+
+
+def split_by_group(
+    examples: Iterable[Example], holdout: float, seed: int
+) -> tuple[list[Example], list[Example]]:
+    """(train, held out), with about a `holdout` share of the groups held out.
+
+    A group's side depends on its name and the seed alone, so safe and unsafe prompts of one
+    template, split in separate calls, land on the same side. A row without a group is its own.
+    """
+    train: list[Example] = []
+    heldout: list[Example] = []
+    for example in examples:
+        group = example.id if example.group is None else example.group
+        digest = hashlib.sha256(f"{seed}:{group}".encode()).digest()
+        position = int.from_bytes(digest[:8], "big") / 2**64
+        (heldout if position < holdout else train).append(example)
+    return train, heldout
 
 
 def _group(row: Example) -> str:

@@ -147,7 +147,7 @@ class Local(Subject):
         if folder is None:
             tokenizer = models.open_tokenizer(model)
         else:
-            tokenizer = folders.result_tokenizer(folder, model.trust_remote_code)
+            tokenizer = models.result_tokenizer(folder, model.trust_remote_code)
         return prompts.chat_format(tokenizer, model)
 
     @property
@@ -179,7 +179,7 @@ class Local(Subject):
             return [self.settings.model.name, self.settings.model.revision]
         if self.weights == "base":
             return _content(self.source)
-        return folders.weights_fingerprint(self.source)
+        return storage.weights_fingerprint(self.source)
 
     def identity(self) -> dict[str, object]:
         model, settings = self.settings.model, self.settings
@@ -342,7 +342,7 @@ def _content(folder: Path) -> list[str]:
     for file in sorted(folder.iterdir()):
         if file.suffix in (".json", ".jinja", ".model", ".txt") and file.is_file():
             digest.update(file.name.encode() + file.read_bytes())
-    content = [folders.weights_fingerprint(folder), digest.hexdigest()[:16]]
+    content = [storage.weights_fingerprint(folder), digest.hexdigest()[:16]]
     if folders.is_adapter(folder):
         beneath = Path(folders.adapter_base(folder))
         content += _content(beneath) if beneath.is_dir() else [str(beneath)]

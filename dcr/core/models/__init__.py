@@ -1,7 +1,7 @@
 """Opens a model and its tokenizer by name: hub id, folder, embedded wheel, or tiny and random.
 
-`structure` finds, cuts, freezes and adapts the parts of a model and holds them in four bits, and
-`folders` writes results and opens them again, also after their run folder moved.
+`structure` finds, cuts and adapts the parts of a model and holds them in four bits, `training` says
+which weights train and writes them, and `folders` opens results, also after their run folder moved.
 """
 
 import copy
@@ -49,6 +49,7 @@ log = logging.getLogger(__name__)
 
 WORDS = "How are you?"  # every useful tokenizer has tokens for it
 BYTE_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|unused|>")
+ORIGIN_FILE = "dcr.json"  # beside an adapter: its base weights, with their fingerprint
 FLOATING = ("F64", "F32", "F16", "BF16")  # safetensors' names of the types of weights
 SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
 
@@ -198,6 +199,25 @@ def open_policy(config: ModelConfig, precision: Precision) -> Policy:
     return Policy(model, tokenizer, source)
 
 
+def open_folder(
+    folder: str,
+    precision: Precision,
+    trust_remote_code: bool = False,
+    quantization: Quantization = Quantization.none,
+) -> Policy:
+    """A full Hugging Face folder, such as a run's `contrastive/`, in evaluation mode.
+
+    Raises UserError if it cannot be read or is damaged, if its weights are not whole and finite, or
+    if its tokenizer has tokens without an embedding.
+    """
+    storage.check_checksums(Path(folder))
+    with refused_as(folder):
+        model = held_model(folder, precision, quantization, trust_remote_code=trust_remote_code)
+        tokenizer = result_tokenizer(Path(folder), trust_remote_code)
+    check_tokenizer(folder, tokenizer, model.config.get_text_config().vocab_size)
+    return Policy(model, tokenizer, folder)
+
+
 def open_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer alone, for planning and data work before any weight is read.
 
@@ -216,6 +236,12 @@ def _tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     check_tokenizer(called, tokenizer, shape.get_text_config().vocab_size)
     return tokenizer
+
+
+def result_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a stage's result. Raises UserError if it cannot be read."""
+    with refused_as(str(folder)):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
 def check_tokenizer(called: str, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:

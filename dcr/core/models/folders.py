@@ -1,16 +1,11 @@
-"""Results as Hugging Face and PEFT folders, which open again after their run folder moved."""
+"""Results of stages opened again: whole weights, or an adapter on its base, wherever that moved."""
 
-import hashlib
-import json
-import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
-from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dcr.core import storage
 from dcr.core.config import (
@@ -21,17 +16,17 @@ from dcr.core.config import (
     check_installed,
 )
 from dcr.core.models import (
+    ORIGIN_FILE,
     Policy,
     check_finite,
     check_tokenizer,
     embedded_folder,
     held_model,
+    open_folder,
     refused_as,
+    result_tokenizer,
 )
-from dcr.core.models.structure import is_quantised
-from dcr.core.storage import replaced_folder
-
-ORIGIN_FILE = "dcr.json"  # beside an adapter: its base weights, with their fingerprint
+from dcr.core.storage import weights_fingerprint
 
 
 @dataclass(frozen=True)
@@ -50,49 +45,6 @@ class Origin:
     base: str
     fingerprint: str | None
     quantization: Quantization = Quantization.none  # of the base; older adapters lack it
-
-
-def save_full(policy: Policy, folder: Path) -> None:
-    """Writes weights and tokenizer as a Hugging Face folder with checksums, whole or not at all."""
-    with replaced_folder(folder) as staging:
-        policy.model.save_pretrained(staging)
-        policy.tokenizer.save_pretrained(staging)
-        storage.write_checksums(staging)
-
-
-def save_adapter(
-    policy: Policy, folder: Path, base: Path | str, weights: dict[str, Tensor] | None = None
-) -> None:
-    """Writes a PEFT adapter folder with checksums that names its base weights.
-
-    `weights` are those that `trained` gathers from a sharded model. `adapter_config.json` holds the
-    absolute path, which `peft` opens, and `dcr.json` the relative one with a fingerprint, which
-    survives a move of the run folder.
-    """
-    local = Path(base).is_dir()
-    name = str(Path(base).resolve()) if local else str(base)
-    told = {
-        "base": os.path.relpath(name, folder.resolve()) if local else name,
-        "fingerprint": weights_fingerprint(Path(base)) if local else None,
-    }
-    if is_quantised(policy.model):  # else the file is as in older adapters
-        told["quantization"] = Quantization.nf4.value
-    with replaced_folder(folder) as staging:
-        for settings in policy.model.peft_config.values():
-            settings.base_model_name_or_path = name
-            # the order of a set changes from process to process
-            settings.target_modules = sorted(settings.target_modules)
-        # no embedding was resized, for which PEFT would ask the hub for the base
-        policy.model.save_pretrained(staging, save_embedding_layers=False, state_dict=weights)
-        policy.tokenizer.save_pretrained(staging)
-        (staging / ORIGIN_FILE).write_text(json.dumps(told, indent=1) + "\n")
-        storage.write_checksums(staging)
-
-
-def weights_fingerprint(folder: Path) -> str:
-    """The SHA-256 over the safetensors files of a folder, in name order (16 hex digits)."""
-    sums = storage.running_sha256(sorted(folder.glob("*.safetensors")), named=True)
-    return (sums[-1] if sums else hashlib.sha256().hexdigest())[:16]
 
 
 def adapter_base(folder: Path) -> str:
@@ -144,31 +96,6 @@ def open_result(
     if is_adapter(folder):
         return open_adapter(folder, precision, trust_remote_code)
     return open_folder(str(folder), precision, trust_remote_code, quantization)
-
-
-def result_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a stage's result. Raises UserError if it cannot be read."""
-    with refused_as(str(folder)):
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-
-
-def open_folder(
-    folder: str,
-    precision: Precision,
-    trust_remote_code: bool = False,
-    quantization: Quantization = Quantization.none,
-) -> Policy:
-    """A full Hugging Face folder, such as a run's `contrastive/`, in evaluation mode.
-
-    Raises UserError if it cannot be read or is damaged, if its weights are not whole and finite, or
-    if its tokenizer has tokens without an embedding.
-    """
-    storage.check_checksums(Path(folder))
-    with refused_as(folder):
-        model = held_model(folder, precision, quantization, trust_remote_code=trust_remote_code)
-        tokenizer = result_tokenizer(Path(folder), trust_remote_code)
-    check_tokenizer(folder, tokenizer, model.config.get_text_config().vocab_size)
-    return Policy(model, tokenizer, folder)
 
 
 def open_adapter(folder: Path, precision: Precision, trust_remote_code: bool = False) -> Policy:

@@ -155,37 +155,9 @@ def logits(model: Any, hidden: Float[Tensor, "places width"]) -> Float[Tensor, "
     return linear if cap is None else cap * torch.tanh(linear / cap)
 
 
-def freeze_beyond(model: PreTrainedModel, block: int, train_embeddings: bool | None) -> None:
-    """Leaves only blocks 1 to `block` trainable (Section 5), and the input embeddings if asked.
-
-    `train_embeddings=None` trains untied embeddings and freezes tied ones, since the tied matrix is
-    the head, which is part of the frozen tail.
-    """
-    model.requires_grad_(False)
-    decoder_blocks(model)[:block].requires_grad_(True)
-    embeddings = model.get_input_embeddings()
-    tied = head(model).weight is embeddings.weight
-    if (not tied) if train_embeddings is None else train_embeddings:
-        embeddings.requires_grad_(True)
-
-
-def is_sharded(module: nn.Module) -> bool:
-    """Whether this process holds only parts of the weights."""
-    return any(isinstance(weight, DTensor) for weight in module.parameters())
-
-
 def whole(tensor: Tensor) -> Tensor:
     """The tensor itself, or the gathered whole of a sharded one, which every process must call."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def trained(model: nn.Module) -> dict[str, Tensor]:
-    """Every trainable weight by name, whole and detached; sharded ones on the CPU."""
-    weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    return {
-        name: whole(weight).cpu() if isinstance(weight, DTensor) else weight
-        for name, weight in weights.items()
-    }
 
 
 def add_lora(

@@ -305,7 +305,7 @@ def _claim(identity: str, number: int, taken: dict[str, int], where: str) -> Non
     taken[identity] = number
 
 
-# --- seeded draws, splits and comparisons of examples ---
+# --- seeded draws and comparisons of examples ---
 
 
 def draw(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
@@ -335,24 +335,6 @@ def drop_duplicates(examples: Iterable[Example]) -> tuple[list[Example], list[Ex
         (dropped if key in seen else kept).append(example)
         seen.add(key)
     return kept, dropped
-
-
-def split_by_group(
-    examples: Iterable[Example], holdout: float, seed: int
-) -> tuple[list[Example], list[Example]]:
-    """(train, held out), with about a `holdout` share of the groups held out.
-
-    A group's side depends on its name and the seed alone, so safe and unsafe prompts of one
-    template, split in separate calls, land on the same side. A row without a group is its own.
-    """
-    train: list[Example] = []
-    heldout: list[Example] = []
-    for example in examples:
-        group = example.id if example.group is None else example.group
-        digest = hashlib.sha256(f"{seed}:{group}".encode()).digest()
-        position = int.from_bytes(digest[:8], "big") / 2**64
-        (heldout if position < holdout else train).append(example)
-    return train, heldout
 
 
 def fingerprint(examples: Iterable[Example]) -> str:

@@ -18,13 +18,14 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
 
-from dcr.core import continuing, extending, learning, models, prompts, runs
+from dcr.core import continuing, extending, learning, models, prompts, runs, storage
 from dcr.core.config import ConfigError, LoraConfig, Method, Precision, Quantization, Stage
 from dcr.core.config.training import FSDP, Adapter, TrainConfig, block_of
 from dcr.core.data import Splits
 from dcr.core.data.module import Feed, SafetyData
 from dcr.core.data.rows import StageRows, check_lengths
-from dcr.core.models import Policy, folders, structure
+from dcr.core.models import Policy, structure
+from dcr.core.models.training import is_sharded, save_adapter, save_full, trained_weights
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
 from dcr.core.storage import Lease
@@ -113,14 +114,14 @@ def train_contrastive(job: Job) -> None:
         policy.model, job.block, whole=module.anchored, settings=settings
     )
     trainer = fit(job, Stage.contrastive, module, policy, chat, batches, total)
-    trained = structure.trained(policy.model)
+    trained = trained_weights(policy.model)
     if trainer.is_global_zero:
-        if light or structure.is_quantised(policy.model) or structure.is_sharded(policy.model):
+        if light or structure.is_quantised(policy.model) or is_sharded(policy.model):
             policy = _contrastive_start(job, whole=True)  # no whole weights are here
             policy.model.load_state_dict(trained, strict=False)
         if settings.dcr.adapter is Adapter.lora:
             policy = Policy(policy.model.merge_and_unload(), policy.tokenizer, policy.name)
-        folders.save_full(policy, run.stage("contrastive"))
+        save_full(policy, run.stage("contrastive"))
     end(job, Stage.contrastive, trainer)
 
 
@@ -139,9 +140,9 @@ def train_sft(job: Job) -> None:
     total = batches.steps_per_epoch * settings.sft.epochs
     module = SFTModule(policy, settings.sft, total)
     trainer = fit(job, Stage.sft, module, policy, chat, batches, total)
-    trained = structure.trained(policy.model)
+    trained = trained_weights(policy.model)
     if trainer.is_global_zero:
-        folders.save_adapter(policy, run.stage("sft"), policy.name, trained)
+        save_adapter(policy, run.stage("sft"), policy.name, trained)
     end(job, Stage.sft, trainer)
 
 
@@ -151,7 +152,7 @@ def batches_of(
     """The batches of a stage, whose base is recorded, or found to be the one that was."""
     if job.lease:
         name, commit = Path(policy.name), getattr(policy.model.config, "_commit_hash", None)
-        weights = folders.weights_fingerprint(name) if name.is_dir() else f"{policy.name}@{commit}"
+        weights = storage.weights_fingerprint(name) if name.is_dir() else f"{policy.name}@{commit}"
         continuing.claim_base(job.run, stage.value, weights, job.settings.force)
     context = models.facts(job.settings.model).context
     return SafetyData(stage, job.rows, chat, job.settings, context, feed)
@@ -183,7 +184,7 @@ def _sft_start(job: Job) -> Policy:
     if settings.method is not Method.dcr:
         policy = models.open_policy(settings.model, settings.sft.precision)
     else:
-        policy = folders.open_folder(
+        policy = models.open_folder(
             str(job.run.stage("contrastive")),
             settings.sft.precision,
             trust_remote_code=settings.model.trust_remote_code,

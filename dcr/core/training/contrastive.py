@@ -14,6 +14,7 @@ from dcr.core.config.training import Adapter, ContrastiveConfig
 from dcr.core.data.module import PairBatch, PromptBatch
 from dcr.core.data.rows import NO_CLASS
 from dcr.core.models import Policy, structure
+from dcr.core.models.training import freeze_beyond
 from dcr.core.prompts import IGNORED
 from dcr.core.training.resuming import ResumableModule, adamw, epoch_mean, ranks, rate_factor
 
@@ -105,7 +106,7 @@ class ContrastiveModule(ResumableModule):
         self.arithmetic, self.clip = config.precision, config.optim.clip
         self.model = policy.model
         if config.adapter is Adapter.full:
-            structure.freeze_beyond(self.model, block, config.train_embeddings)
+            freeze_beyond(self.model, block, config.train_embeddings)
         if config.gradient_checkpointing:
             self.recompute_blocks()
         # in a tuple: a registered trunk would repeat its parameters in every state dict

@@ -35,6 +35,7 @@ from dcr.core import extending, machine, storage
 from dcr.core.config import Precision, UserError
 from dcr.core.config.training import Moments, Schedule
 from dcr.core.models import structure
+from dcr.core.models.training import is_sharded
 
 log = logging.getLogger(__name__)
 
@@ -320,7 +321,7 @@ class VerifiedCheckpointIO(CheckpointIO):
     ) -> None:
         target = Path(path)
         try:
-            if structure.is_sharded(self.module):
+            if is_sharded(self.module):
                 self.module.shards.write(checkpoint, target, self.module)
                 return
             for place in (target, _checksum_file(target)):
@@ -344,7 +345,7 @@ class VerifiedCheckpointIO(CheckpointIO):
         if Path(path).is_dir():
             return self.module.shards.read(Path(path), self.module)
         whole = torch.load(path, map_location=map_location or "cpu", weights_only=True)
-        if structure.is_sharded(self.module):
+        if is_sharded(self.module):
             return self.module.shards.alike(whole, self.module)
         return whole
 
