@@ -15,7 +15,6 @@ from dcr import cli, ending, extensions, launching, resolving
 from dcr.core import config
 from dcr.core.config import ConfigError
 from dcr.core.runs import Run
-from dcr.core.text import nearest
 from dcr.extensions import EvalSettings, TrainSettings
 
 # Each but train and eval is `python -m dcr.<name>`.
@@ -97,6 +96,6 @@ def main() -> None:
         sys.argv = sys.argv[1:]
         runpy.run_module(f"dcr.{name}", run_name="__main__", alter_sys=True)
     else:
-        near = nearest(name, list(COMMANDS))
+        near = resolving.nearest(name, list(COMMANDS))
         offer = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"
         ending.fail(f"{name}: no such command; {offer}", ConfigError.exit_code)

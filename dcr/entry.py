@@ -26,7 +26,6 @@ from rich.table import Column, Table
 
 from dcr import resolving
 from dcr.core.config import ConfigError, UserError
-from dcr.core.text import nearest
 from dcr.ending import faults_in_words, quieten, safe_output, single_line, stopped_by
 
 COLUMNS = 100  # of commands' output
@@ -113,7 +112,7 @@ def parse(schema: type[Options], arguments: Sequence[str]) -> Options:
                     value = "true" if known[key].type is bool else next(words, "")
                 _check_word(key, value, known[key].metadata["choices"])
             elif rest is None or word.startswith("-"):
-                near, names = nearest(key, list(known)), [n for n in known if n != rest]
+                near, names = resolving.nearest(key, list(known)), [n for n in known if n != rest]
                 offer = f"did you mean {' or '.join(near)}?" if near else f"give {', '.join(names)}"
                 raise ConfigError(f"{word}: no such setting; {offer}")
             else:

@@ -6,13 +6,13 @@ import importlib
 import os
 import sys
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from dcr.core.config import ConfigError
 from dcr.core.extending import sha256
-from dcr.core.text import nearest
 
 Part = TypeVar("Part")
 CURES = {  # by the beginning of pydantic's name for a wrong type
@@ -70,7 +70,7 @@ def with_settings(own: type[Part], given: Mapping[str, Any]) -> Part:
     known = [field.name for field in dataclasses.fields(own)]  # pyright: ignore[reportArgumentType]
     for field in given:
         if field not in known:
-            near = nearest(field, known)
+            near = get_close_matches(field, known, n=1)
             offer = f"did you mean {near[0]}?" if near else f"it has {', '.join(known) or 'none'}"
             raise ConfigError(f"own.{own.__name__}.{field}: no such setting; {offer}")
     try:

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import Field, fields, is_dataclass, replace
+from difflib import SequenceMatcher
 from typing import Any, TypeVar
 
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
@@ -27,11 +28,13 @@ from dcr.core.config import (
 )
 from dcr.core.config.evaluation import AUTO_LENGTH, KEYWORD, EvalConfig
 from dcr.core.config.training import AUTO_LAYER, FSDP, Adapter, Moments, TrainConfig, stages_of
-from dcr.core.text import nearest
 from dcr.core.thoughts import SWITCHES
 from dcr.own import Named
 
 Node = TypeVar("Node", bound=ScriptSettings)
+
+LIKENESS = 0.6  # below it, the nearest name is no help
+NEAREST = 3  # names to offer when they are equally near
 
 
 def resolve(
@@ -382,6 +385,17 @@ def decoding_alone(config: EvalConfig, named: str, why: str) -> Iterator[str]:
             yield (
                 f"{named} tasks=[{task}]: {why}, and {task} decodes none; leave one of the two out"
             )
+
+
+def nearest(key: str, known: Sequence[str]) -> list[str]:
+    """The names most like a misspelt one; a right name in the wrong place counts as near."""
+    leaf = key.split(".")[-1]
+    scores: dict[str, float] = {}
+    for name in known:
+        whole = SequenceMatcher(None, key, name).ratio()
+        scores[name] = max(whole, 0.9 * SequenceMatcher(None, leaf, name.split(".")[-1]).ratio())
+    best = max(scores.values(), default=0.0)
+    return sorted(k for k, v in scores.items() if v == best >= LIKENESS)[:NEAREST]
 
 
 # --- Hydra's and OmegaConf's several lines as one that names key, value and cure ---

@@ -33,7 +33,7 @@ from dcr.core.config import STAGES, ConfigError, DataError, Method, Stage, UserE
 from dcr.core.config.evaluation import DeviceConfig
 from dcr.core.config.training import TrainConfig, stages_of
 from dcr.core.runs import Run
-from dcr.core.text import label_of, nearest
+from dcr.core.text import label_of
 from dcr.ending import single_line
 from dcr.extensions import EvalSettings, TrainSettings
 from dcr.own import load
@@ -265,7 +265,7 @@ def split_settings(words: Sequence[str]) -> tuple[list[str], list[str]]:
             why = "a study sets it itself" if itself else "settings are written key=value"
             raise ConfigError(f"{word}: {why}")
         if head not in training | evaluating:
-            near = nearest(head, sorted(training | evaluating))
+            near = resolving.nearest(head, sorted(training | evaluating))
             offer = f"; did you mean {' or '.join(near)}?" if near else ""
             raise ConfigError(f"{word}: no setting of train.py or eval.py{offer}")
         if head in training:

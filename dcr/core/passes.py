@@ -7,7 +7,7 @@ may hand in other `Passes` (`use`) that give the same up to rounding and take le
 
 import inspect
 import sys
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -206,15 +206,6 @@ def together(model: Any, lengths: Sequence[Hashable]) -> list[list[int]]:
     if masks or not recurrent(model):
         return [[*range(len(lengths))]]
     return [[i for i, own in enumerate(lengths) if own == each] for each in dict.fromkeys(lengths)]
-
-
-def filled(arguments: Mapping[str, Any]) -> bool:
-    """Whether a pass with these arguments goes on behind a cache of keys and values, or a state."""
-    keys, state = map(arguments.get, CACHES)
-    if keys is not None:
-        return int(keys.get_seq_length()) > 0
-    # transformers' `generate` begins with an empty one
-    return state is not None and getattr(state, "has_previous_state", lambda: True)()
 
 
 def text_config(model: Any) -> Any:

@@ -6,8 +6,7 @@ and `CHATML` is the template of tokenizers without one.
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
-from difflib import SequenceMatcher
+from collections.abc import Callable, Iterable
 from pathlib import PurePath
 
 CHATML = (  # for tokenizers without a chat template
@@ -15,8 +14,6 @@ CHATML = (  # for tokenizers without a chat template
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 CHARACTERS_PER_TOKEN = 4  # of English prose, where tokens are estimated
-LIKENESS = 0.6  # below it, the nearest name is no help
-NEAREST = 3  # names to offer when they are equally near
 ROLES = ("system", "user", "assistant")
 TURN = "\u2063"  # no eye sees it; it begins each turn of a conversation
 TURNS = re.compile(rf"(?:\A|\n\n){TURN}({'|'.join(map(str.capitalize, ROLES))}): ")
@@ -118,14 +115,3 @@ def messages(
 def label_of(name: str) -> str:
     """A model's name as part of a folder's: letters, digits, '.', '_' and '-'."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", PurePath(name).name or name).strip("-.") or "model"
-
-
-def nearest(key: str, known: Sequence[str]) -> list[str]:
-    """The names most like a misspelt one; a right name in the wrong place counts as near."""
-    leaf = key.split(".")[-1]
-    scores: dict[str, float] = {}
-    for name in known:
-        whole = SequenceMatcher(None, key, name).ratio()
-        scores[name] = max(whole, 0.9 * SequenceMatcher(None, leaf, name.split(".")[-1]).ratio())
-    best = max(scores.values(), default=0.0)
-    return sorted(k for k, v in scores.items() if v == best >= LIKENESS)[:NEAREST]

@@ -94,7 +94,7 @@ class _Session:
     def __call__(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.planning:
             return
-        self.prefill = not passes.filled(kwargs)
+        self.prefill = not _filled(kwargs)
         if self.prefill and self.plan is not None:
             ids: Any = args[0] if args else kwargs.get("input_ids")
             mask = kwargs.get("attention_mask")
@@ -149,6 +149,15 @@ class _Session:
         self.uninstall()
         if self.opened is not None:
             self.opened.remove()
+
+
+def _filled(arguments: dict[str, Any]) -> bool:
+    """Whether a pass with these arguments goes on behind a cache of keys and values, or a state."""
+    keys, state = map(arguments.get, passes.CACHES)
+    if keys is not None:
+        return int(keys.get_seq_length()) > 0
+    # transformers' `generate` begins with an empty one
+    return state is not None and getattr(state, "has_previous_state", lambda: True)()
 
 
 def _placed(model: Any, edit: Edit) -> Edit:
