@@ -11,7 +11,7 @@ from test_prompts import needs_smollm2
 from tiny_run import failing, write_jsonl
 
 from dcr import relevance
-from dcr.core import models, passes
+from dcr.core import learning, models
 from dcr.core.config import EMBEDDED_MODEL, ModelConfig, Precision
 from dcr.core.generation import Completion
 from dcr.core.models import Policy
@@ -66,7 +66,7 @@ def test_a_score_is_the_gain_in_nats_and_counts_prompts_that_gain_as_much(policy
 def test_an_answer_is_read_once_for_all_prompts(
     policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(passes, "_used", [Fast()])
+    monkeypatch.setattr(learning, "_used", [Fast()])
     answers = [Completion("", p, "It is baked. " * 20, 1, True, None) for p in PROMPTS]
     list(Relevance().read(policy, answers[:1], PROMPTS))  # tries the packing, on rows of its own
     read: list[int] = []
