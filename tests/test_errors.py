@@ -78,7 +78,7 @@ TRAIN = {
 WHOLE = {
     "eval.py model=tiny data=final": "data.evaluation: coconot_contrast_final is reserved",
     "eval.py model=tiny data=final final.plan=none.yaml": "none.yaml: cannot be read (No such file",
-    "eval.py model=tiny data=demo final.plan=a.yaml": "final.plan=a.yaml: none of the sets is kept",
+    "eval.py model=tiny data=demo final.plan=a.yaml": "none of the sets is reserved for a plan",
     "dcr.frontier plan=none.yaml here": "none.yaml: cannot be read (No such file",
     "eval.py endpoint=[http://a/v1,http://b/v1]": "one text, not a list",
     "eval.py llm.url=[http://a/v1,http://b/v1]": "one text, not a list",
