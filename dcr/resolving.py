@@ -1,5 +1,6 @@
 """Makes checked dataclasses of what Hydra composed, once, and one line of what is refused."""
 
+import functools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -51,12 +52,13 @@ def resolve(
     assert isinstance(node, DictConfig)
     if not issubclass(schema, TrainConfig):
         node.data = named(node.data)  # its leaves start as missing: see `cli.prepare`
-    default = OmegaConf.to_container(OmegaConf.structured(schema), resolve=False)
-    for key in _without_value(OmegaConf.to_container(node, resolve=False), default):
+    default = _defaults(schema)
+    plain = OmegaConf.to_container(default, resolve=False)
+    for key in _without_value(OmegaConf.to_container(node, resolve=False), plain):
         # a merge would keep the default and say nothing
         raise ConfigError(f"{key}=???: it needs a value")
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), node)
+        merged = OmegaConf.merge(default, node)
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise ConfigError(one_line(error, schema)) from error
@@ -73,6 +75,12 @@ def resolve(
         config = _with_own(config, own)
         assert isinstance(config, schema)
     return config
+
+
+@functools.cache
+def _defaults(schema: type[ScriptSettings]) -> Any:
+    """The settings of a schema as nodes: read only, and made once for the many jobs of a study."""
+    return OmegaConf.structured(schema)
 
 
 def own_paths(composed: Any) -> dict[str, Named]:

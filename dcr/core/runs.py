@@ -19,7 +19,9 @@ gates/<fingerprint>/     scores of prompts by a gate
 labels/<sheet>/          answers drawn for people to label, and their labels
 """
 
+import copy
 import csv
+import functools
 import io
 import logging
 import math
@@ -172,13 +174,8 @@ class Run:
         """The resolved configuration of this run. Raises UserError if there is none."""
         if not self.config_file.exists():
             raise ConfigError(f"run={self.folder}: no config.yaml there; name a run folder")
-        made_with = storage.read_yaml(self.config_file, MadeWith, RESTORE)
-        # a folder may come from someone else, and only the user's own command can trust code
-        if "trust_remote_code" in made_with["model"]:
-            made_with["model"]["trust_remote_code"] = False
-        if fault := config.fault_of_run(made_with):
-            raise DataError(f"{self.config_file}: {fault}; {RESTORE}")
-        return dict(made_with)
+        held = storage.read_text(self.config_file, RESTORE)
+        return copy.deepcopy(_config(self.config_file, held))
 
     def record(self) -> dict[str, Any]:
         """The content of `rows.json`, empty before training has drawn its rows.
@@ -239,6 +236,18 @@ def last_stage(made_with: Mapping[str, Any]) -> Literal["sft", "readout"]:
 def write_config(run: Run, made_with: Mapping[str, Any]) -> None:
     """Writes `config.yaml` as plain data."""
     storage.write_text(run.config_file, as_yaml(made_with))
+
+
+@functools.lru_cache(maxsize=8)
+def _config(file: Path, held: str) -> dict[str, Any]:
+    """A run's configuration, read and checked once while its file holds the same text."""
+    made_with = storage.read_yaml(file, MadeWith, RESTORE)
+    # a folder may come from someone else, and only the user's own command can trust code
+    if "trust_remote_code" in made_with["model"]:
+        made_with["model"]["trust_remote_code"] = False
+    if fault := config.fault_of_run(made_with):
+        raise DataError(f"{file}: {fault}; {RESTORE}")
+    return dict(made_with)
 
 
 def as_yaml(plain: Mapping[str, Any]) -> str:
