@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import gc
 import importlib
 import logging
 import os
@@ -15,6 +16,7 @@ os.environ |= {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
     "WANDB_MODE": "offline",
+    "WANDB__SAVE_REQUIREMENTS": "false",  # a list of all packages, in half of an evaluation's time
     "TOKENIZERS_PARALLELISM": "false",
     "COLUMNS": "100",  # which pytest-xdist sets to 80
 }
@@ -99,6 +101,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Puts the longest files first, so that no worker waits for another at the end."""
     places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
+def pytest_collection_finish() -> None:
+    """Lets the collector pass over what imports have made, which no test lets go of."""
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture

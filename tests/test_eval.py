@@ -30,9 +30,8 @@ from tests import tiny_run
 def composed(*overrides: str) -> DictConfig:
     cli.prepare()
     with initialize_config_dir(str(tiny_run.CONF), version_base="1.3"):
-        return compose(
-            "eval", ["gen.max_new_tokens=4", "precision=fp32", "trainer.progress=false", *overrides]
-        )
+        plain = ("precision=fp32", "trainer.progress=false", "wandb.mode=disabled")
+        return compose("eval", ["gen.max_new_tokens=4", *plain, *overrides])
 
 
 def resolved(*overrides: str) -> tuple[EvalSettings, Run]:
@@ -133,7 +132,7 @@ def test_discernment_reads_each_prompt_once_and_generates_nothing(
 def test_two_commands_measure_what_one_for_both_kinds_does(fresh: Run, tmp_path: Path) -> None:
     """Counts, other judges' words, their agreement and the ranking come to the same."""
     rows = [f"data.evaluation.safety=[{tiny_run.write_rows(tmp_path)['toxic']}]", "limit=6"]
-    told = [*rows, "wandb.mode=disabled", "judge=[keyword,outcome]"]
+    told = [*rows, "judge=[keyword,outcome]"]
     apart = Run(tmp_path / "apart")
     shutil.copytree(fresh.folder, apart.folder)
     commands = (fresh, "over_refusal,safety"), (apart, "over_refusal"), (apart, "safety")
@@ -489,7 +488,7 @@ def test_tasks_that_need_no_prompts_go_on_without_any() -> None:
 def test_answers_cut_where_keywords_have_decided_count_as_whole_ones(fresh: Run) -> None:
     asked = {"safety": "toxic", "over_refusal": "seemingly_toxic"}
     rows = [f"data.evaluation.{name}=[demo_{kind}_heldout]" for name, kind in asked.items()]
-    told = [f"run={fresh.folder}", "wandb.mode=disabled", "limit=6", *rows]
+    told = [f"run={fresh.folder}", "limit=6", *rows]
     eval_entry.evaluate(*resolved(*told, "gen.max_new_tokens=24"))
     (whole,) = metrics_of(fresh)
     eval_entry.evaluate(*resolved(*told, "gen.max_new_tokens=auto"))
