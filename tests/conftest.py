@@ -137,19 +137,30 @@ def words(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> list[s
     kept = [word for word in overrides(tmp_path_factory.mktemp("rows")) if word != "model=tiny"]
     others = ("data.evaluation", "dcr.epochs", "sft.epochs", "trainer.checkpoint")
     kept = [word for word in kept if not word.startswith(others)]
+    pairs = [  # the smallest of those that come along
+        f"{node}.{kind}=[registers_{kind}{part}]"
+        for node, part in (("sft.readout", ""), ("calibration", "_heldout"))
+        for kind in ("toxic", "seemingly_toxic")
+    ]
     evaluated = "{over_refusal: [demo_seemingly_toxic_heldout], safety: [demo_toxic_heldout]}"
     return [
-        *(*kept, f"model.name={tiny_folder}", "model.layer=1", "sft.lora.targets=[all-linear]"),
+        *(*kept, *pairs, f"model.name={tiny_folder}", "model.layer=1"),
+        "sft.lora.targets=[all-linear]",
         *(f"data.evaluation={evaluated}", "dcr.epochs=1", "sft.epochs=1", "limit=4"),
         "gen.max_new_tokens=3",
     ]
 
 
-@pytest.fixture
-def composed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets Hydra compose a job once, however often a test gives its command again."""
-    from dcr import study
+@pytest.fixture(scope="module")
+def composed_once() -> Iterator[None]:
+    """Lets Hydra compose a job once, however often a test gives its command again.
 
+    Languages are loaded here, where all forks find them.
+    """
+    from dcr import study
+    from dcr.core.evaluation import scoring
+
+    scoring.is_foreign("")
     made, compose = dict[str, study.Job](), study.job_of
 
     def job_of(*given: Any) -> study.Job:
@@ -157,7 +168,9 @@ def composed_once(monkeypatch: pytest.MonkeyPatch) -> None:
             made[key] = compose(*given)
         return copy.deepcopy(made[key])
 
-    monkeypatch.setattr(study, "job_of", job_of)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "job_of", job_of)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -47,7 +47,7 @@ def test_safety_that_is_not_learnt_ends_in_one_line_and_says_what_was_tried(
     assert align.main(asked) == 1
     line = capfd.readouterr().err.splitlines()[-1]
     # q and v alone, all modules, and three times the epochs: the rate is the user's
-    tried = re.findall(r"0 of 40 \(0% to 9%\) held-out toxic prompts refused", line)
+    tried = re.findall(r"0 of 25 \(0% to 13%\) held-out toxic prompts refused", line)
     configs = [yaml.safe_load(f.read_text()) for f in tmp_path.glob("*-stl-*/config.yaml")]
     found = sorted((c["sft"]["epochs"], c["sft"]["lora"]["targets"]) for c in configs)
     assert found == [(3, ["all-linear"]), (3, ["q_proj", "v_proj"]), (9, ["all-linear"])]
@@ -81,8 +81,8 @@ def test_a_model_of_ones_own_ends_as_page_and_export(
         for kind in ("stl", "base")
         for file in tmp_path.glob(f"*-{kind}-*/heldout.json")
     ]
-    told = r"with the settings given: {} of 40 \(\d+% to \d+%\) held-out toxic prompts refused, by"
-    told += r" the base model {} of 40 \(\d+% to \d+%\), p [\d.e-]+\n  (.+)\n"
+    told = r"with the settings given: {} of 25 \(\d+% to \d+%\) held-out toxic prompts refused, by"
+    told += r" the base model {} of 25 \(\d+% to \d+%\), p [\d.e-]+\n  (.+)\n"
     shown = re.search(told.format(*refused) + r"    base, .*refused: .*\n    STL, .*: ", said)
     assert shown
     assert len(shown[1]) <= align.SHOWN + 1
@@ -101,16 +101,9 @@ def test_a_model_of_ones_own_ends_as_page_and_export(
         file.name for file in exported.iterdir()
     }
     assert str(exported) in said
-    assert align.main(asked) == 0
-    assert not re.search(r"^\[\d", capfd.readouterr().out, re.M)
-    asked.append("gate=true")
-    assert align.main(asked) == 0
+    assert align.main([*asked, "gate=true"]) == 0
     said = capfd.readouterr().out
-    assert re.findall(r"^\[\d.*\] (.+)$", said, re.M) == [
-        "gate: training",
-        "STL: evaluation, behind a gate, calibrated",
-        "STL: export",
-    ]
+    assert parts(said) == BEHIND_A_GATE, "and nothing twice"
     (gated,) = tmp_path.glob("*-stl-*-gate-export")
     assert {"gate", "dcr_gate.py", "model.safetensors"} <= {file.name for file in gated.iterdir()}
     rule = json.loads((gated / "gate/gate.json").read_text())
@@ -122,6 +115,14 @@ def test_a_model_of_ones_own_ends_as_page_and_export(
     assert str(gated) in said
 
 
+BEHIND_A_GATE = ["gate: training", "STL: evaluation, behind a gate, calibrated", "STL: export"]
+
+
+def parts(said: str) -> list[str]:
+    """The parts that a command did."""
+    return re.findall(r"^\[\d+/\d+\] (.*)$", said, re.M)
+
+
 def told(said: str) -> list[str]:
     """The lines of the notes on what is not at STL's safety and what is exported for it."""
     return re.findall(r"^note: ((?:not at|exported).*)$", said, re.M)
@@ -129,7 +130,7 @@ def told(said: str) -> list[str]:
 
 def say(folder: Path, name: str, refusing: int) -> None:
     """Let a run refuse so many of the toxic validation prompts, in the beginnings that it keeps."""
-    for file in folder.glob("eval/*/forks/contrasts_toxic_heldout.jsonl"):
+    for file in folder.glob("eval/*/forks/registers_toxic_heldout.jsonl"):
         rows = [json.loads(line) for line in file.read_text().splitlines()]
         assert all(row["margin"] < 0 for row in rows), "without a bias they open otherwise"
         for place, row in enumerate(rows):
@@ -144,7 +145,7 @@ def test_what_no_bias_brings_to_stls_safety_costs_neither_page_nor_export(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """Nothing here refuses; then STL is made to, and DCR to refuse never, and then too seldom."""
+    """Nothing here refuses; then STL is made to, and DCR to refuse too seldom."""
     monkeypatch.setattr(align, "LEARNT", 0.0)
     asked, evaluate = [f"out={tmp_path}", *words, "sft.readout.steps=2"], study.evaluate
 
@@ -166,39 +167,38 @@ def test_what_no_bias_brings_to_stls_safety_costs_neither_page_nor_export(
     stl, dcr = (next(tmp_path.glob(f"*-{kind}-*")) for kind in ("stl", "dcr"))
     export = tmp_path / f"{stl.name}-export"
     instead = "STL in place of DCR, which no bias brings to STL's safety"
-    none = f"calibrate={stl}: that run refuses none of 119 toxic prompts; give a share such as 0.9"
+    none = f"calibrate={stl}: that run refuses none of 25 toxic prompts; give a share such as 0.9"
+    assert align.main(asked) == 0
+    said = capfd.readouterr().out
     first = ["DCR: evaluation, calibrated", "base model tiny-llama0: evaluation, calibrated"]
-    for parts in ([*first, "STL: export"], []):
-        assert align.main(asked) == 0  # and again, with nothing done twice
-        said = capfd.readouterr().out
-        assert re.findall(r"^\[\d/\d\] (.*)$", said, re.M) == parts
-        dcr_told, base_told, exported = told(said)
-        assert dcr_told == f"not at STL's safety: DCR: {none}"
-        assert base_told.startswith("not at STL's safety: base model")
-        assert base_told.endswith(none)
-        assert exported == f"exported: {instead}"
-        assert said.endswith(f"\npage: {page}\nexport: {export} ({instead})\n")
+    assert parts(said) == [*first, "STL: export"]
+    dcr_told, base_told, exported = told(said)
+    assert dcr_told == f"not at STL's safety: DCR: {none}"
+    assert base_told.startswith("not at STL's safety: base model")
+    assert base_told.endswith(none)
+    assert exported == f"exported: {instead}"
+    assert said.endswith(f"\npage: {page}\nexport: {export} ({instead})\n")
     assert "which no bias brings to STL" in page.read_text()
     assert "calibrated to" not in page.read_text()
     assert "sequence_bias" not in json.loads((export / "generation_config.json").read_text())
 
     assert align.main([*asked, "gate=true"]) == 0
-    assert told(capfd.readouterr().out)[0] == f"not at STL's safety: STL: {none}"
+    said = capfd.readouterr().out
+    assert parts(said) == BEHIND_A_GATE, "what no bias brings there is not tried again"
+    assert told(said)[0] == f"not at STL's safety: STL: {none}"
     rule = json.loads((tmp_path / f"{stl.name}-gate-export/gate/gate.json").read_text())
     assert rule["threshold"] == 0.5, "the gate's own"
 
-    say(stl, "answering", 30)
-    none = f"calibrate={stl}: no bias makes this model refuse one of 119 toxic validation prompts;"
-    few = "no bias makes it refuse more than 7 of 119 toxic validation prompts, and STL refuses 30"
-    for count, why in ((0, none), (7, few)):
-        say(dcr, "refusing", count)
-        for file in tmp_path.glob(f"*/{align.UNREACHED}-*.json"):
-            file.unlink()
-        assert align.main(asked) == 0
-        said = capfd.readouterr().out
-        assert told(said)[0].startswith(f"not at STL's safety: DCR: {why}")
-        assert told(said)[-1] == f"exported: {instead}"
-        assert "] STL: export" not in said, "it is there already"
+    say(stl, "answering", 12)
+    say(dcr, "refusing", 4)
+    for file in tmp_path.glob(f"*/{align.UNREACHED}-*.json"):
+        file.unlink()
+    assert align.main(asked) == 0
+    said = capfd.readouterr().out
+    few = "no bias makes it refuse more than 4 of 25 toxic validation prompts, and STL refuses 12"
+    assert told(said)[0] == f"not at STL's safety: DCR: {few}"
+    assert told(said)[-1] == f"exported: {instead}"
+    assert parts(said) == first, "STL's export is there already"
     assert "calibrated to" in page.read_text()
 
 
@@ -285,7 +285,7 @@ def test_a_method_is_refused_and_a_preset_changes_none(
     assert "method: this command trains STL and DCR both; leave it out" in capfd.readouterr().err
     for word, why in (
         ("tasks=[discernment]", "a bias changes how answers are decoded"),
-        ("sft.readout.toxic=[contrasts_toxic_heldout]", "name prompts of another origin"),
+        ("sft.readout.toxic=[registers_toxic_heldout]", "name prompts of another origin"),
     ):
         assert align.main([*asked, word]) == 2, "before an hour of training"
         assert why in capfd.readouterr().err
