@@ -40,6 +40,7 @@ SHAPE = {
 }  # fmt: skip
 MODEL = ModelConfig(name="tiny", label="tiny", template="chatml", architecture=SHAPE)
 NEW = 12
+FEW = [f"calibration.{kind}=[registers_{kind}_heldout]" for kind in ("toxic", "seemingly_toxic")]
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +245,7 @@ def resolved(folder: Path, *overrides: str) -> tuple[EvalSettings, Run]:
     given = [
         "model=tiny", f"output={folder / 'base'}", "precision=fp32", "limit=4",
         "gen.max_new_tokens=3", "trainer.progress=false", "wandb.mode=disabled", "tasks=[safety]",
-        "model.template=chatml", f"data.evaluation.safety=[{files['toxic']}]", *overrides,
+        "model.template=chatml", f"data.evaluation.safety=[{files['toxic']}]", *FEW, *overrides,
     ]  # fmt: skip
     cli.prepare()
     with initialize_config_dir(str(tiny_run.CONF), version_base="1.3"):
@@ -263,8 +264,8 @@ def test_another_bias_never_reuses_answers(tmp_path: Path, monkeypatch: pytest.M
         eval_entry.evaluate(settings, run)
     low, high = (found["calibration"] for found in measured(run))
     assert low["bias"] < high["bias"]
-    toxic = [found["sets"]["contrasts_toxic_heldout"] for found in (low, high)]
-    assert [of["refused"] for of in toxic] == [36, 108], "of 119: at least 30 and 90%"
+    toxic = [found["sets"]["registers_toxic_heldout"] for found in (low, high)]
+    assert [of["refused"] for of in toxic] == [8, 23], "of 25: at least 30 and 90%"
     assert toxic[0]["plain"] == toxic[1]["plain"]
     assert {found["settings"]["calibrate"] for found in measured(run)} == {"0.3", "0.9"}
     text = building.build([run.folder], tmp_path / "page.html")
@@ -289,13 +290,13 @@ def test_a_run_can_be_the_target(tmp_path: Path) -> None:
     settings, run = resolved(tmp_path, f"calibrate={reference.folder}")
     policy = models.open_folder(str(reference.stage("contrastive")), Precision.fp32)
     chat = prompts.chat_format(policy.tokenizer, settings.model)
-    rows = read("contrasts_toxic_heldout")
+    rows = read("registers_toxic_heldout")
     forks = [f for batch in calibration.beginnings(policy, chat, rows, 3) for f in batch]
     opened = sum(fork.margin > 0 for fork in forks)
-    assert 0 < opened < 119
+    assert 0 < opened < 25
     eval_entry.evaluate(settings, run)
     (found,) = measured(run)
-    assert found["calibration"]["target"] == pytest.approx(opened / 119)
+    assert found["calibration"]["target"] == pytest.approx(opened / 25)
     assert found["calibration"]["run"] == found["settings"]["calibrate"] == "stl"
     assert storage.read_lines(next(reference.folder.glob("eval/*/forks/*.jsonl")), Beginnings)
 
@@ -311,8 +312,8 @@ def test_a_run_can_be_the_target(tmp_path: Path) -> None:
         (("gen.prefill=Sure", "tasks=[discernment]"), "only answers are prefilled"),
         (("gen.prefill=' '",), "nothing to begin an answer with"),
         (
-            ("calibrate=0.9", "data.evaluation.safety=[contrasts_toxic_heldout]"),
-            r"calibration.toxic=\[contrasts_toxic_heldout\]: is evaluated on as well",
+            ("calibrate=0.9", "data.evaluation.safety=[registers_toxic_heldout]"),
+            r"calibration.toxic=\[registers_toxic_heldout\]: is evaluated on as well",
         ),
     ],
 )
@@ -327,17 +328,17 @@ def test_a_model_that_never_refuses_is_not_calibrated(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings, run = resolved(tmp_path, "calibrate=0.9")
-    with pytest.raises(ConfigError, match=r"one of 119 toxic .* train it to refuse first"):
+    with pytest.raises(ConfigError, match=r"one of 25 toxic .* train it to refuse first"):
         eval_entry.evaluate(settings, run)
     assert not measured(run)
     never = Beginnings("", "", 1, "I wonder.", "Sure.")
     read = {
         name: [*[never] * 9, replace(never, refusing="I'm sorry.")]
-        for name in ("contrasts_toxic_heldout", "contrasts_seemingly_toxic_heldout")
+        for name in ("registers_toxic_heldout", "registers_seemingly_toxic_heldout")
     }
     bias, record = calibration.choose_bias(settings, {"lead": [1], "tokens": [2]}, read)
     assert "no bias refuses more than 1 of 10 toxic" in caplog.text
-    assert record["sets"]["contrasts_toxic_heldout"]["refused"] == 1
+    assert record["sets"]["registers_toxic_heldout"]["refused"] == 1
     assert bias.bias == 0, "its answers open with a refusal's token by themselves"
 
 
@@ -365,7 +366,7 @@ def test_prompts_that_were_trained_on_calibrate_nothing() -> None:
 @pytest.mark.usefixtures("openings_refuse")
 def test_steered_answers_are_calibrated_under_their_edit(tmp_path: Path) -> None:
     """The validation prompts themselves, as another file, are then refused as often as told."""
-    rows = [{"prompt": row.prompt} for row in read("contrasts_toxic_heldout")]
+    rows = [{"prompt": row.prompt} for row in read("registers_toxic_heldout")]
     storage.append_lines(tmp_path / "same.jsonl", rows)
     steered = ("steering=scans", "steering.scans.layers=middle_third", "steering.strength=30")
     settings, run = resolved(
@@ -375,8 +376,8 @@ def test_steered_answers_are_calibrated_under_their_edit(tmp_path: Path) -> None
     eval_entry.evaluate(settings, run)
     (found,) = measured(run)
     assert found["steering"]["method"] == "scans"
-    counts = found["calibration"]["sets"]["contrasts_toxic_heldout"]
-    assert counts["refused"] >= 60
+    counts = found["calibration"]["sets"]["registers_toxic_heldout"]
+    assert counts["refused"] >= 13
     assert counts["plain"] < counts["refused"]
     (file,) = run.folder.glob("eval/*/same.jsonl")
     said = [answer.response for answer in generation.stored(file).values()]
@@ -396,7 +397,7 @@ def test_after_harmless_fine_tuning_the_bias_is_the_export_s(whole: Path, tmp_pa
     assert not any(key == "sft/nll/refusal" for _, _, key, _ in tiny_run.logged(after.folder))
     asked = ("limit=3", "gen.max_new_tokens=3", "tasks=[safety]", "trainer.progress=false")
     sets = "data.evaluation.safety=[demo_toxic_heldout]"
-    settings, _ = test_eval.resolved(f"run={after.folder}", f"calibrate={out}", sets, *asked)
+    settings, _ = test_eval.resolved(f"run={after.folder}", f"calibrate={out}", sets, *asked, *FEW)
     eval_entry.evaluate(settings, after)
     (found,) = measured(after)
     sequences = json.loads((out / "generation_config.json").read_text())["sequence_bias"]

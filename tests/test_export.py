@@ -189,18 +189,34 @@ def test_logits_elsewhere_are_those_in_memory(made: Made, elsewhere: dict[str, T
         torch.testing.assert_close(elsewhere[kind], made.logits, rtol=1e-4, atol=1e-4)
 
 
-@pytest.fixture
-def calibrated(moved: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The calibrated export of a random model."""
-    # a tiny random model says nothing that keywords know: what opens as a refusal refuses here
-    monkeypatch.setattr(refusal, "is_refusal", lambda text, *_: text[:1] in ("I", *"NAMSU"))
-    config = yaml.safe_load(moved.config_file.read_text())
+@pytest.fixture(scope="module")
+def with_bias(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run with a template, `run`, and of its calibrated export: read only."""
+    place = tmp_path_factory.mktemp("exported")
+    run = Run(Path(shutil.copytree(made.run.folder, place / "run")))
+    config = yaml.safe_load(run.config_file.read_text())
     config["model"]["template"] = "chatml"
-    moved.config_file.write_text(yaml.safe_dump(config))
-    out = tmp_path / "calibrated"
-    asked = [f"run={moved.folder}", f"out={out}", "precision=fp32", "calibrate=0.9"]
-    assert export.main(asked) == 0
-    return out
+    run.config_file.write_text(yaml.safe_dump(config))
+    asked = [f"run={run.folder}", f"out={place / 'calibrated'}", "precision=fp32", "calibrate=0.9"]
+    with pytest.MonkeyPatch.context() as patch:
+        openings_refuse(patch)
+        assert export.main(asked) == 0
+    return place
+
+
+def openings_refuse(patch: pytest.MonkeyPatch) -> None:
+    """A tiny random model says nothing that keywords know: a first letter decides."""
+    patch.setattr(refusal, "is_refusal", lambda text, *_: text[:1] in ("I", *"NAMSU"))
+
+
+@pytest.fixture
+def calibrated(
+    with_bias: Path, moved: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """The calibrated export of a random model, `moved`."""
+    openings_refuse(monkeypatch)
+    shutil.copy(with_bias / "run/config.yaml", moved.config_file)
+    return Path(shutil.copytree(with_bias / "calibrated", tmp_path / "calibrated"))
 
 
 def test_plain_transformers_decodes_a_calibrated_export_as_we_do(
