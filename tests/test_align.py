@@ -104,7 +104,7 @@ def test_a_model_of_ones_own_ends_as_page_and_export(
     assert align.main([*asked, "gate=true"]) == 0
     said = capfd.readouterr().out
     assert parts(said) == BEHIND_A_GATE, "and nothing twice"
-    (gated,) = tmp_path.glob("*-stl-*-gate-export")
+    (gated,) = tmp_path.glob("*-stl-*-gate-*-export")
     assert {"gate", "dcr_gate.py", "model.safetensors"} <= {file.name for file in gated.iterdir()}
     rule = json.loads((gated / "gate/gate.json").read_text())
     files = [json.loads(f.read_text()) for f in stl.parent.glob("eval/*/metrics.json")]
@@ -165,11 +165,11 @@ def test_what_no_bias_brings_to_stls_safety_costs_neither_page_nor_export(
 
     page = tmp_path / "align.html"
     stl, dcr = (next(tmp_path.glob(f"*-{kind}-*")) for kind in ("stl", "dcr"))
-    export = tmp_path / f"{stl.name}-export"
     instead = "STL in place of DCR, which no bias brings to STL's safety"
     none = f"calibrate={stl}: that run refuses none of 25 toxic prompts; give a share such as 0.9"
     assert align.main(asked) == 0
     said = capfd.readouterr().out
+    (export,) = tmp_path.glob(f"{stl.name}-*-export")
     first = ["DCR: evaluation, calibrated", "base model tiny-llama0: evaluation, calibrated"]
     assert parts(said) == [*first, "STL: export"]
     dcr_told, base_told, exported = told(said)
@@ -186,7 +186,8 @@ def test_what_no_bias_brings_to_stls_safety_costs_neither_page_nor_export(
     said = capfd.readouterr().out
     assert parts(said) == BEHIND_A_GATE, "what no bias brings there is not tried again"
     assert told(said)[0] == f"not at STL's safety: STL: {none}"
-    rule = json.loads((tmp_path / f"{stl.name}-gate-export/gate/gate.json").read_text())
+    (gated,) = tmp_path.glob(f"{stl.name}-gate-*-export/gate/gate.json")
+    rule = json.loads(gated.read_text())
     assert rule["threshold"] == 0.5, "the gate's own"
 
     say(stl, "answering", 12)
