@@ -184,7 +184,7 @@ def augment(options: Options, settings: EvalSettings) -> Tally:
     served = settings.endpoint is not None
     author = Author(str(settings.endpoint_model) if served else settings.model.name, subject)
     tally, rows = Tally(len(drawn)), drawn
-    with storage.locked(work.folder):
+    with storage.locked(work.folder), subject:
         if options.twins:
             tally.unread = "llm" not in settings.judge
             rows = _twins(author, settings, drawn, options.attempts, tally)

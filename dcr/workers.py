@@ -19,6 +19,7 @@ import torch
 from dcr import ending
 from dcr.core import generation, passes, refusal
 from dcr.core.config import UserError
+from dcr.core.config.evaluation import EvalConfig
 from dcr.core.evaluation.subjects import Local, Opening
 from dcr.core.generation import Completion
 from dcr.core.passes import Passes
@@ -47,10 +48,10 @@ class Shared(Local):
         self.workers = self._contexts.enter_context(Workers(self))
 
     def answer(self, rows: list[Example]) -> Iterator[list[Completion]]:
-        return self.workers.shared(_cut, Local.answer, rows)
+        return shared(self, _cut, Local.answer, rows)
 
     def openings(self, rows: list[Example]) -> Iterator[list[Opening]]:
-        return self.workers.shared(_cut_openings, Local.openings, rows)
+        return shared(self, _cut_openings, Local.openings, rows)
 
 
 def _cut(subject: Local, rows: list[Example], processes: int) -> list[list[Example]]:
@@ -75,7 +76,7 @@ def shared(
 ) -> Iterator[list[Done]]:
     """The results of `work` for the rows, by this process or by those that share the subject."""
     if isinstance(subject, Shared):
-        return subject.workers.shared(cut, work, rows)
+        return subject.workers.shared(subject.settings, cut, work, rows)
     return work(subject, rows)
 
 
@@ -101,18 +102,16 @@ class Workers:
             self.pool.shutdown(cancel_futures=True)
 
     def shared(
-        self,
-        cut: Cut[Row],
-        work: Work[Row, Done],
-        rows: list[Row],
+        self, settings: EvalConfig, cut: Cut[Row], work: Work[Row, Done], rows: list[Row]
     ) -> Iterator[list[Done]]:
         """The results of `work` for each batch that `cut` makes of the rows, in their order.
 
-        Both run in the processes, so they, their arguments and their results must pickle. Raises
-        their exceptions, and WorkerEnded if a process was killed; earlier results are whole.
+        Both run in the processes, on the subject `under` these settings, so they, their arguments
+        and their results must pickle. Raises their exceptions, and WorkerEnded if a process was
+        killed; earlier results are whole.
         """
-        (batches,) = self.each(cut, [(rows, self.count)])
-        yield from self.each(_whole, [(work, batch) for batch in batches])
+        (batches,) = self.each(_under, [(settings, cut, rows, self.count)])
+        yield from self.each(_under, [(settings, _whole, work, batch) for batch in batches])
 
     def each(
         self, function: Callable[..., Done], jobs: Sequence[tuple[Any, ...]]
@@ -158,6 +157,12 @@ def _begin(
 
 def _call(function: Callable[..., Done], job: tuple[Any, ...]) -> Done:
     return function(SUBJECT[0], *job)
+
+
+def _under(
+    subject: Local, settings: EvalConfig, function: Callable[..., list[Done]], *job: Any
+) -> list[Done]:
+    return function(subject.under(settings), *job)
 
 
 def _whole(subject: Local, work: Work[Row, Done], batch: list[Row]) -> list[Done]:

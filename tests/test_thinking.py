@@ -15,7 +15,7 @@ from hydra import compose, initialize_config_dir
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from dcr import cli, outcomes
+from dcr import cli, outcomes, results
 from dcr import eval as eval_entry
 from dcr.calibration import biases
 from dcr.core import generation, models, prompts, refusal
@@ -288,6 +288,7 @@ def test_answers_begin_behind_thoughts(
         "refused": {"both": 0, "thought_alone": 0, "answer_alone": 0, "neither": 3},
     }  # fmt: skip
     assert found["settings"]["thinking"] == 40
+    assert {*results.load(folder.parents[1])["edit"]} == {"thinking=40"}, "no plain answers"
     building.build([folder.parents[1]], tmp_path / "page.html")
     assert "refused in the thought alone" in (tmp_path / "page.html").read_text(encoding="utf-8")
     shown = Selection.of([read_run(folder.parents[1])]).section("thoughts").blocks

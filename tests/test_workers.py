@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dcr import cli, workers
+from dcr import augment, cli, workers
 from dcr import eval as eval_entry
 from dcr.core import storage
 from dcr.core.config import UserError
@@ -71,6 +71,21 @@ def forked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_three_processes_write_what_one_does(one: dict[str, bytes], tmp_path: Path) -> None:
     assert {"openings/demo_toxic_heldout.jsonl", "kernel/all.safetensors"} < one.keys()
     assert evaluated(tmp_path, "trainer.devices=3") == one
+
+
+@pytest.mark.usefixtures("forked")
+def test_each_attempt_of_augment_is_shared_under_its_own_instruction(tmp_path: Path) -> None:
+    rows = [{"prompt": f"How do I kill process {i}?"} for i in range(3)]
+    source = tiny_run.write_jsonl(tmp_path / "rows.jsonl", rows)
+    kept = []
+    for devices in (1, 2):
+        out = tmp_path / str(devices) / "answers.jsonl"
+        told = ("model=tiny", "precision=fp32", "gen.max_new_tokens=2", "gen.batch_size=1")
+        more = (*told, "trainer.progress=false", f"trainer.devices={devices}")
+        assert augment.main([f"source={source}", f"out={out}", "attempts=2", *more]) == 0
+        kept.append({file.read_bytes() for file in out.parent.rglob("eval/*/answers.jsonl")})
+    assert len(kept[0]) == 2
+    assert kept[0] == kept[1]
 
 
 @pytest.mark.usefixtures("forked")

@@ -133,12 +133,13 @@ class Column:
             return ("endpoint", model)
         settings, edit = self.evaluation.settings, self.evaluation.steered_by
         before, target, words = (settings.get(key) for key in ("gate", "calibrate", "prefill"))
-        penalty = settings.get("repetition_penalty")
+        penalty, thinking = (settings.get(key) for key in ("repetition_penalty", "thinking"))
         parts = (
             METHODS[method] if method == "base" else self.called(method),
             "" if before is None else printable(f"behind {before['name']}"),
             "" if target is None else printable(f"calibrated to {target}"),
             "" if words is None else printable(f"prefilled {words!r}"),
+            "" if thinking is None else printable(f"thinking {thinking}"),
             "" if penalty is None else printable(f"repetition penalty {penalty}"),
             *(f"{CONTRASTS[key]} {settings[key]:g}" for key in CONTRASTS if key in settings),
             "on validation prompts" if settings.get("validation") else "",

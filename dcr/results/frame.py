@@ -119,8 +119,9 @@ def edit(settings: Mapping[str, Any]) -> str:
     if settings.get("validation"):
         parts.append("validation")
     parts += [f"{key}={settings[key]}" for key in CONTRASTS if settings.get(key) is not None]
-    if settings.get("repetition_penalty") is not None:
-        parts.append(f"repetition_penalty={settings['repetition_penalty']}")
+    for key in ("thinking", "repetition_penalty"):
+        if settings.get(key) is not None:
+            parts.append(f"{key}={settings[key]}")
     if settings.get("prefill") is not None:
         parts.append(f"prefill={settings['prefill']!r}")
     if settings.get("gate") is not None:
