@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from dcr import results
-from dcr.core import results as written_
 from dcr.core.config import DataError, UserError
 from dcr.inference import wilson
+from dcr.results import schema
 
 WHOLE: dict[str, Any] = {
     "version": results.VERSION, "weights": "sft",
@@ -78,7 +78,7 @@ def written(folder: Path, found: Any = WHOLE) -> Path:
 
 def test_what_is_written_is_read_back_whole(tmp_path: Path) -> None:
     file = tmp_path / "metrics.json"
-    found = written_.write(file, WHOLE, results.Metrics)
+    found = schema.write(file, WHOLE, results.Metrics)
     assert json.loads(file.read_text()) == WHOLE
     assert results.read(file) == found
     assert found.model_dump(mode="json", exclude_unset=True) == WHOLE
@@ -88,7 +88,7 @@ def test_a_block_that_could_not_be_read_back_is_not_written(tmp_path: Path) -> N
     broken = copy.deepcopy(WHOLE)
     broken["sets"]["safe"]["refused"]["paper"] = 9
     with pytest.raises(ValueError, match=r"sets\.safe(.|\n)*more refusals by paper than 7"):
-        written_.write(tmp_path / "metrics.json", broken, results.Metrics)
+        schema.write(tmp_path / "metrics.json", broken, results.Metrics)
     assert not list(tmp_path.iterdir())
 
 

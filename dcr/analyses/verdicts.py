@@ -12,7 +12,6 @@ from safetensors import SafetensorError, safe_open
 
 from dcr.analyses import ntk
 from dcr.core.config import DataError
-from dcr.core.results import Estimate
 from dcr.core.statistics import Interval, percentiles
 from dcr.ending import printable, single_line
 from dcr.inference import resampled_groups
@@ -22,7 +21,7 @@ from dcr.report.curves import KEPT, SCORED
 from dcr.report.records import Evaluation, RunRecord, folders
 from dcr.report.sections import Selection
 from dcr.report.writing import TextTable
-from dcr.results.schema import Kernel, interval
+from dcr.results.schema import Estimate, Kernel, interval
 
 SEED = 0  # of the bootstrap, fixed so that a report is reproducible
 FLAT = 1e-12  # of a curve's size: a smaller movement is rounding

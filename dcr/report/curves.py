@@ -9,7 +9,6 @@ from typing import Any
 import pandas as pd
 
 from dcr.core.config import UserError
-from dcr.core.results import Estimate
 from dcr.ending import printable
 from dcr.report import figures
 from dcr.report.columns import METHODS, Style, named, shared_label, style_of
@@ -17,7 +16,7 @@ from dcr.report.figures import Curve, Drawing, Drawings, Panel
 from dcr.report.grids import plain, rate, shared_by_kind
 from dcr.report.records import Evaluation, RunRecord, TrackedStep, folders
 from dcr.report.sections import Selection
-from dcr.results.schema import interval
+from dcr.results.schema import Estimate, interval
 
 TRACKED, KEPT, SCORED = "metrics.csv", "tracking", "snapshots"  # sources of curves
 NORM = "mean normalised ‖K‖"

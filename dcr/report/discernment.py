@@ -7,7 +7,6 @@ from typing import Any
 from dcr.core.config import Kind
 from dcr.core.evaluation import scoring
 from dcr.core.evaluation.sets import APART
-from dcr.core.results import Discernment, RankedSet, Ranking, SetCounts
 from dcr.report import paper
 from dcr.report.columns import Column
 from dcr.report.grids import IN_DISTRIBUTION, Cell, of_row
@@ -16,6 +15,7 @@ from dcr.report.records import Completions
 from dcr.report.sections import Selection
 from dcr.report.writing import TextTable
 from dcr.results.frame import contaminated, of_ranking
+from dcr.results.schema import Discernment, RankedSet, Ranking, SetCounts
 
 POOLED, UNMARKED = "pooled", f"pooled without {IN_DISTRIBUTION}"
 TITLE = "Discernment, and answers at equal safety"

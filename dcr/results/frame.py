@@ -11,10 +11,18 @@ from dcr import inference
 from dcr.core import storage
 from dcr.core.config import Kind, UserError
 from dcr.core.evaluation.sets import APART, pairs_of, set_name
-from dcr.core.results import Estimate, RankedSet, Ranking
 from dcr.core.runs import Run, stages
 from dcr.ending import encodable
-from dcr.results.schema import Ability, Metrics, Quality, SetCounts, read
+from dcr.results.schema import (
+    Ability,
+    Estimate,
+    Metrics,
+    Quality,
+    RankedSet,
+    Ranking,
+    SetCounts,
+    read,
+)
 
 # Ways to decode, as the settings of an evaluation tell them.
 CONTRASTS = {"self_cd": "Self-CD", "adacd": "AdaCD"}

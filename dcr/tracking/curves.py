@@ -14,7 +14,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 
 from dcr.analyses import check_parameters, kinds, weights
-from dcr.core import models, results
+from dcr.core import models
 from dcr.core.config import ConfigError, DataConfig, Kind, Stage
 from dcr.core.config.training import TrainConfig
 from dcr.core.models import Policy
@@ -177,7 +177,7 @@ class Tracker(Callback):
                 measure, values_of = MEASURES[quantity]
                 blocks[quantity.value] = measure(self.policy, self.chat, rows, self.tracked, place)
                 measured |= values_of(blocks[quantity.value])
-        results.write(place / "metrics.json", blocks, schema.Tracked)
+        schema.write(place / "metrics.json", blocks, schema.Tracked)
         self.seconds += time.perf_counter() - began
         measured["tracking_seconds"] = self.seconds
         named = {f"{self.stage}/{key}": value for key, value in measured.items()}

@@ -1,17 +1,20 @@
 """Measures one subject with every task, and keeps the results in `metrics.json`."""
 
+import json
 import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from dcr.core import extending, generation, machine, results, storage
+from pydantic import BaseModel, ConfigDict
+
+from dcr.core import extending, generation, machine, storage
 from dcr.core.config import ConfigError, Kind
 from dcr.core.config.evaluation import EvalConfig
 from dcr.core.evaluation import protocols, scoring, sets, subjects
-from dcr.core.evaluation.protocols import Answers, Subject, Task, Work
+from dcr.core.evaluation.protocols import CURE, VERSION, Answers, Subject, Task, Work
 from dcr.core.evaluation.sets import PromptSet
 from dcr.core.runs import Run
 
@@ -117,7 +120,7 @@ def measure(
         blocks = _joined(subject, folder, counted, earlier) | blocks
     metrics = _write(subject, folder, blocks, began)
     print(f"{subject.weights}: {folder}")
-    if silence := record(settings).model_validate(metrics).silence:
+    if silence := _record(settings).model_validate(metrics).silence:
         log.warning("%s: %s", folder, silence)
     return metrics, given
 
@@ -131,9 +134,16 @@ def _measure(name: str, task: Task, work: Work, blocks: dict[str, Any]) -> None:
         blocks.setdefault(OWN, {})[name] = own
 
 
-def record(settings: EvalConfig) -> type[results.Metrics]:
-    """The record of `metrics.json`, with the blocks of extensions."""
-    return extending.ours(settings.table.record) or results.Metrics
+class Unchecked(BaseModel):
+    """`metrics.json` with any blocks; the table's record checks each."""
+
+    model_config = ConfigDict(extra="allow")
+
+    silence: ClassVar[str] = ""  # a warning where many answers are empty
+
+
+def _record(settings: EvalConfig) -> Any:
+    return extending.ours(settings.table.record) or Unchecked
 
 
 def _write(
@@ -142,7 +152,7 @@ def _write(
     """`metrics.json`, of what was measured so far and of what earlier commands measured."""
     origin = _origin(subject)
     kept = _kept(subject, folder, origin)
-    metrics = {"version": results.VERSION, **origin}
+    metrics = {"version": VERSION, **origin}
     told_anew = (*metrics, *LAST)
     metrics |= {key: block for key, block in kept.items() if key not in told_anew} | dict(blocks)
     if own := kept.get(OWN, {}) | blocks.get(OWN, {}):
@@ -154,7 +164,9 @@ def _write(
     metrics["seconds"] = round(time.perf_counter() - began, 1)
     metrics["peak_memory_gib"] = round(machine.peak_memory_gib(), 2)
     _set_aside(subject, folder, origin)
-    results.write(folder / "metrics.json", metrics, record(subject.settings))
+    checked = json.dumps(metrics, default=str)
+    _record(subject.settings).model_validate_json(checked, strict=True)
+    storage.write_json(folder / "metrics.json", metrics)
     return metrics
 
 
@@ -259,5 +271,5 @@ def _before(subject: Subject, folder: Path) -> dict[str, Any]:
     file = folder / "metrics.json"
     if not file.is_file():
         return {}
-    found = results.read(file, record(subject.settings))
+    found = storage.read_json(file, _record(subject.settings), CURE)
     return found.model_dump(mode="json", exclude_unset=True)

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from dcr.core import extending, storage
 from dcr.core.config import ConfigError, Kind, class_of, is_path
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from dcr.core.models import Policy
     from dcr.core.prompts import ChatFormat
     from dcr.core.sources import Example
+
+VERSION: Literal[2] = 2  # of the layout of `metrics.json`
+CURE = "restore it, or delete it and evaluate again: stored answers are kept"
 
 Answers = Mapping[str, "list[Completion]"]  # by set
 Rules = Mapping[str, Callable[[str], str]]  # the outcome of a response by keywords, by name
