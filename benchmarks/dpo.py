@@ -29,7 +29,7 @@ from dcr.calibration import biases
 from dcr.core import learning, passes, prompts, sources, storage
 from dcr.core.config import ConfigError, Kind, Precision, UserError
 from dcr.core.models import Policy, folders, structure
-from dcr.core.models.training import save_adapter
+from dcr.core.models.training import head_logits, save_adapter
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
 from dcr.core.sources import Example
@@ -87,7 +87,7 @@ def log_probs(
     for row, prompt, ids_of in zip(read, asked, whole, strict=True):
         row[len(prompt) - 1 : len(ids_of) - 1] = True
     hidden = learning.current().states(structure.backbone(policy.model), ids, mask)
-    log_p = structure.logits(policy.model, hidden[read]).log_softmax(-1)
+    log_p = head_logits(policy.model, hidden[read]).log_softmax(-1)
     each = log_p.gather(1, ids[:, 1:][read[:, :-1]][:, None])[:, 0]
     return torch.stack([part.sum() for part in each.split([len(answer) for answer in answers])])
 

@@ -35,7 +35,7 @@ from dcr.core.config.training import TrainConfig, block_of
 from dcr.core.data.module import pair_batch, prompt_batch
 from dcr.core.data.rows import StageRows, micro_batches
 from dcr.core.models import Policy, structure
-from dcr.core.models.training import freeze_beyond
+from dcr.core.models.training import freeze_beyond, head_arguments
 from dcr.core.training.contrastive import ContrastiveModule
 from dcr.core.training.resuming import adamw
 from dcr.core.training.sft import SFTModule
@@ -193,7 +193,7 @@ def head_values() -> None:
     ids = torch.randint(4, 250, (2, 12))
     hidden = structure.backbone(policy.model)(input_ids=ids).last_hidden_state
     labelled = {"hidden": hidden[:, :-1].flatten(0, 1), "targets": ids[:, 1:].flatten()}
-    total, _ = frozen.token_nll(**labelled, **structure.head_arguments(policy.model))
+    total, _ = frozen.token_nll(**labelled, **head_arguments(policy.model))
     torch.testing.assert_close(total / 22, policy.model(ids, labels=ids).loss)
 
 

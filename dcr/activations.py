@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from dcr.core import passes
 from dcr.core.config import ConfigError
 from dcr.core.models import structure
+from dcr.core.models.training import trunk
 
 
 class Site(Enum):
@@ -135,8 +136,8 @@ def states(
     with ExitStack() as stack, torch.no_grad():
         for block in range(1, last + 1):
             stack.callback(hook(model, site, block, take).remove)
-        trunk = structure.trunk(model, last)
+        cut = trunk(model, last)
         # the first token of each row is at position 0 however it is padded
-        placed = passes.placed(trunk, passes.positions(mask))
-        trunk(input_ids=ids, attention_mask=mask.long(), use_cache=False, **placed)
+        placed = passes.placed(cut, passes.positions(mask))
+        cut(input_ids=ids, attention_mask=mask.long(), use_cache=False, **placed)
     return torch.stack(by_block)

@@ -17,7 +17,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from dcr.core import losses, models, storage
 from dcr.core.config import ConfigError, LoraConfig, ModelConfig, Precision
 from dcr.core.models import Policy, folders, structure
-from dcr.core.models.training import freeze_beyond, save_adapter, save_full
+from dcr.core.models.training import (
+    freeze_beyond,
+    head_arguments,
+    head_logits,
+    save_adapter,
+    save_full,
+    trunk,
+)
 from tests import shapes
 
 DEPTH, WIDTH = 3, 32
@@ -96,7 +103,7 @@ def test_trunk_ends_where_hidden_states_say(named: tuple[str, Any]) -> None:
         whole = model(input_ids=IDS, output_hidden_states=True, use_cache=False)
         hook.remove()
         for block in range(1, depth + 1):
-            cut = structure.trunk(model, block)(input_ids=IDS, use_cache=False).last_hidden_state
+            cut = trunk(model, block)(input_ids=IDS, use_cache=False).last_hidden_state
             truth = whole.hidden_states[block] if block < depth else last[0]
             assert torch.equal(cut, truth), f"{name}: block {block}"
     if structure.final_norm(model) is not None:  # it was not applied, and would have been seen
@@ -108,7 +115,7 @@ def test_trunk_runs_no_later_block_and_shares_its_parameters(named: tuple[str, A
     ran: list[int] = []
     for index, block in enumerate(structure.decoder_blocks(model)):
         block.register_forward_hook(lambda *_, index=index: ran.append(index))
-    cut = structure.trunk(model, 1)
+    cut = trunk(model, 1)
     cut(input_ids=IDS, use_cache=False)
     assert ran == [0]
     assert {id(p) for p in cut.parameters()} < {id(p) for p in before.values()}
@@ -123,13 +130,11 @@ def test_backbone_head_and_nll_make_the_models_own_logits(named: tuple[str, Any]
     with torch.no_grad():
         hidden = structure.backbone(model)(input_ids=IDS, use_cache=False).last_hidden_state
         logits = model(input_ids=IDS, use_cache=False).logits
-        total, each = losses.token_nll(
-            hidden[0, :-1], targets=IDS[0, 1:], **structure.head_arguments(model)
-        )
+        total, each = losses.token_nll(hidden[0, :-1], targets=IDS[0, 1:], **head_arguments(model))
     truth = nn.functional.cross_entropy(logits[0, :-1], IDS[0, 1:], reduction="none")
     torch.testing.assert_close(each, truth, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(total, truth.sum(), rtol=1e-5, atol=1e-5)
-    found = structure.logits(model, hidden[0])
+    found = head_logits(model, hidden[0])
     torch.testing.assert_close(found, logits[0], rtol=1e-5, atol=1e-5)
     assert structure.head(model) is model.get_output_embeddings()
 

@@ -18,6 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from dcr.core.config import LoraConfig
 from dcr.core.models import structure
+from dcr.core.models.training import trunk
 from dcr.fast import fusing, packing
 from tests.shapes import FAMILIES, MIXED, SHAPE, made
 
@@ -86,7 +87,7 @@ def test_states_and_gradients_are_those_of_each_row_alone(
     weight = torch.randn(*ids.shape, 16, dtype=dtype)
 
     def cut(whole: Any) -> Any:
-        return structure.trunk(whole, block) if block else structure.backbone(whole)
+        return trunk(whole, block) if block else structure.backbone(whole)
 
     found, layout = states(cut(model), ids, mask)
     assert (layout.places is not None) == (family not in PADDED)

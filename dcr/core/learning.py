@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dcr.core import losses
 from dcr.core.config.training import TrainConfig
 from dcr.core.models import structure
+from dcr.core.models.training import head_arguments
 from dcr.core.prompts import IGNORED
 
 
@@ -96,9 +97,7 @@ class Plain:
         with captured(model, block) if block else nullcontext([None]) as outputs:
             hidden = self.states(structure.backbone(model), ids, mask)
         counted = targets != IGNORED
-        nll = losses.token_nll(
-            hidden[counted], targets=targets[counted], **structure.head_arguments(model)
-        )
+        nll = losses.token_nll(hidden[counted], targets=targets[counted], **head_arguments(model))
         return Labelled(*nll, outputs[0])
 
     def halved(

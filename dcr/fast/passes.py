@@ -17,6 +17,7 @@ from dcr.core.learning import Labelled
 from dcr.core.machine import attention_mask, padded
 from dcr.core.models import structure
 from dcr.core.models.structure import unwrapped
+from dcr.core.models.training import head_arguments
 from dcr.core.passes import Prefilled
 from dcr.core.prompts import IGNORED
 from dcr.fast import cache, frozen, fusing, packing
@@ -129,7 +130,7 @@ def nll_with_prefix(
 
 def _labelled(model: Any, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     counted = targets != IGNORED
-    return token_nll(hidden[counted], targets=targets[counted], **structure.head_arguments(model))
+    return token_nll(hidden[counted], targets=targets[counted], **head_arguments(model))
 
 
 # --- prompts --------------------------------------------------------------------------------------

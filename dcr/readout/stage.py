@@ -24,7 +24,7 @@ from dcr.core.data.module import Batch, Feed, SafetyData
 from dcr.core.data.rows import NO_CLASS, SEEMINGLY_TOXIC, TOXIC
 from dcr.core.machine import attention_mask, padded
 from dcr.core.models import Policy, folders, structure
-from dcr.core.models.training import save_adapter
+from dcr.core.models.training import head_logits, save_adapter
 from dcr.core.training import Job, callbacks
 from dcr.core.training.resuming import ResumableModule, adamw, rate_factor
 from dcr.readout import WARMUP
@@ -264,13 +264,11 @@ class ReadoutModule(ResumableModule):
     def drifted(self, batch: ReadoutBatch) -> Float[Tensor, "places"]:
         """How far the next token has moved at each place of some answers, in nats."""
         with torch.no_grad():
-            before = structure.logits(self.model, self.half_passes[batch.number].before)
+            before = head_logits(self.model, self.half_passes[batch.number].before)
         return drift(before, self.logits(batch))
 
     def logits(self, batch: ReadoutBatch) -> Float[Tensor, "places vocabulary"]:
-        return structure.logits(
-            self.model, final_states(self.model, self.half_passes[batch.number])
-        )
+        return head_logits(self.model, final_states(self.model, self.half_passes[batch.number]))
 
     def validation_step(self, batch: ReadoutBatch, _: int = 0) -> None:
         if not _asks(batch):
@@ -278,7 +276,7 @@ class ReadoutModule(ResumableModule):
             self.moved += [row.tolist() for row in rows]
             return
         states = final_states(self.model, self.half_passes[batch.number])[batch.first]
-        scores = refusal.refusal_log_odds(structure.logits(self.model, states), self.openings)
+        scores = refusal.refusal_log_odds(head_logits(self.model, states), self.openings)
         for score, label in zip(scores.tolist(), batch.labels.tolist(), strict=True):
             self.scores[label].append(score)
 

@@ -15,6 +15,7 @@ from dcr.analyses import separability
 from dcr.core import refusal
 from dcr.core.config import ConfigError
 from dcr.core.models import Policy, structure
+from dcr.core.models.training import head_logits
 from dcr.core.prompts import ChatFormat
 from dcr.steering import ProbeConfig, SteeringConfig, vectors
 from dcr.steering.edits import Edit, Edits, Plan
@@ -73,7 +74,7 @@ def _towards_refusal(
         with torch.no_grad():
             normed = states.to(head.device, structure.head(model).weight.dtype)
             normed = normed if norm is None else norm[1](normed)
-            return refusal.refusal_log_odds(structure.logits(model, normed), openings).double()
+            return refusal.refusal_log_odds(head_logits(model, normed), openings).double()
 
     slope = (log_odds(last + step) - log_odds(last - step)).mean() / 2
     if not slope > 0:

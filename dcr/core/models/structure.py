@@ -4,19 +4,15 @@ Blocks are counted from 1: layer ℓ is the output of the ℓ-th block. Their li
 in four bits.
 """
 
-import copy
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.nn import functional as F
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -83,25 +79,6 @@ def final_norm(model: Any) -> tuple[str, nn.Module] | None:
     return norms[-1] if norms else None
 
 
-def trunk(model: Any, block: int) -> nn.Module:
-    """The backbone cut after the `block`-th block (1-based), sharing its parameters.
-
-    Called like the backbone; `last_hidden_state` is then HF's `hidden_states[block]`: no later
-    block and no final norm runs.
-    """
-    blocks, parent, name = _blocks_and_parent(unwrapped(model))
-    cut = copy.copy(parent)
-    cut._modules = dict(parent._modules)
-    cut._modules[name] = blocks[:block]
-    norm = final_norm(model)
-    if norm is not None:
-        cut._modules[norm[0]] = nn.Identity()
-    config: Any = copy.deepcopy(parent.config)
-    config.get_text_config().num_hidden_layers = block
-    cut.config = config
-    return cut
-
-
 def context_length(config: Any) -> int:
     """The number of tokens that a model can read; `UNLIMITED` if its config names none."""
     return getattr(config.get_text_config(), "max_position_embeddings", None) or UNLIMITED
@@ -130,34 +107,6 @@ def contiguous_head(model: Any) -> Iterator[None]:
         yield
     finally:
         hook.remove()
-
-
-def head_arguments(model: Any) -> dict[str, Any]:
-    """The head's arguments of `losses.token_nll`, by name, for final-normed hidden states.
-
-    They include the soft cap and the logit scale of the model's configuration.
-    """
-    layer, text = head(model), unwrapped(model).config.get_text_config()
-    scale = getattr(text, "logit_scale", None) or 1.0
-    return {
-        "head_weight": whole(layer.weight),
-        "bias": None if layer.bias is None else whole(layer.bias),
-        "softcap": getattr(text, "final_logit_softcapping", None),
-        "logit_scale": scale / (getattr(text, "logits_scaling", None) or 1.0),
-    }
-
-
-def logits(model: Any, hidden: Float[Tensor, "places width"]) -> Float[Tensor, "places vocabulary"]:
-    """The next-token logits of final-normed hidden states, in fp32."""
-    parts = head_arguments(model)
-    linear = F.linear(hidden, parts["head_weight"], parts["bias"]).float() * parts["logit_scale"]
-    cap = parts["softcap"]
-    return linear if cap is None else cap * torch.tanh(linear / cap)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor itself, or the gathered whole of a sharded one, which every process must call."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def add_lora(

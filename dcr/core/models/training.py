@@ -1,17 +1,42 @@
-"""The weights of a model that a stage trains, and the folder that its result is written as."""
+"""What a stage trains and runs of a model, and the folder that its result is written as."""
 
+import copy
 import json
 import os
 from pathlib import Path
+from typing import Any
 
+import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from dcr.core import storage
 from dcr.core.config import Quantization
 from dcr.core.models import ORIGIN_FILE, Policy, structure
 from dcr.core.storage import replaced_folder, weights_fingerprint
+
+
+def trunk(model: Any, block: int) -> nn.Module:
+    """The backbone cut after the `block`-th block (1-based), sharing its parameters.
+
+    Called like the backbone; `last_hidden_state` is then HF's `hidden_states[block]`: no later
+    block and no final norm runs.
+    """
+    blocks, parent = structure.decoder_blocks(model), structure.backbone(model)
+    name = next(name for name, child in parent.named_children() if child is blocks)
+    cut = copy.copy(parent)
+    cut._modules = dict(parent._modules)
+    cut._modules[name] = blocks[:block]
+    norm = structure.final_norm(model)
+    if norm is not None:
+        cut._modules[norm[0]] = nn.Identity()
+    config: Any = copy.deepcopy(parent.config)
+    config.get_text_config().num_hidden_layers = block
+    cut.config = config
+    return cut
 
 
 def freeze_beyond(model: PreTrainedModel, block: int, train_embeddings: bool | None) -> None:
@@ -28,11 +53,41 @@ def freeze_beyond(model: PreTrainedModel, block: int, train_embeddings: bool | N
         embeddings.requires_grad_(True)
 
 
+def head_arguments(model: Any) -> dict[str, Any]:
+    """The head's arguments of `losses.token_nll`, by name, for final-normed hidden states.
+
+    They include the soft cap and the logit scale of the model's configuration.
+    """
+    layer, text = structure.head(model), structure.unwrapped(model).config.get_text_config()
+    scale = getattr(text, "logit_scale", None) or 1.0
+    return {
+        "head_weight": gathered(layer.weight),
+        "bias": None if layer.bias is None else gathered(layer.bias),
+        "softcap": getattr(text, "final_logit_softcapping", None),
+        "logit_scale": scale / (getattr(text, "logits_scaling", None) or 1.0),
+    }
+
+
+def head_logits(
+    model: Any, hidden: Float[Tensor, "places width"]
+) -> Float[Tensor, "places vocabulary"]:
+    """The next-token logits of final-normed hidden states, in fp32."""
+    parts = head_arguments(model)
+    linear = F.linear(hidden, parts["head_weight"], parts["bias"]).float() * parts["logit_scale"]
+    cap = parts["softcap"]
+    return linear if cap is None else cap * torch.tanh(linear / cap)
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The tensor itself, or the gathered whole of a sharded one, which every process must call."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:
     """Every trainable weight by name, whole and detached; sharded ones on the CPU."""
     weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     return {
-        name: structure.whole(weight).cpu() if isinstance(weight, DTensor) else weight
+        name: gathered(weight).cpu() if isinstance(weight, DTensor) else weight
         for name, weight in weights.items()
     }
 

@@ -13,8 +13,8 @@ from dcr.core import learning, losses
 from dcr.core.config.training import Adapter, ContrastiveConfig
 from dcr.core.data.module import PairBatch, PromptBatch
 from dcr.core.data.rows import NO_CLASS
-from dcr.core.models import Policy, structure
-from dcr.core.models.training import freeze_beyond
+from dcr.core.models import Policy
+from dcr.core.models.training import freeze_beyond, trunk
 from dcr.core.prompts import IGNORED
 from dcr.core.training.resuming import ResumableModule, adamw, epoch_mean, ranks, rate_factor
 
@@ -110,7 +110,7 @@ class ContrastiveModule(ResumableModule):
         if config.gradient_checkpointing:
             self.recompute_blocks()
         # in a tuple: a registered trunk would repeat its parameters in every state dict
-        self._trunk = (structure.trunk(self.model, block),)
+        self._trunk = (trunk(self.model, block),)
         self.anchored = config.nll.weight > 0
         self.train_metrics = PairMetrics(config.margin)
         self.heldout_metrics = PairMetrics(config.margin, "/heldout")

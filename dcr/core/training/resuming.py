@@ -35,7 +35,7 @@ from dcr.core import extending, machine, storage
 from dcr.core.config import Precision, UserError
 from dcr.core.config.training import Moments, Schedule
 from dcr.core.models import structure
-from dcr.core.models.training import is_sharded
+from dcr.core.models.training import gathered, is_sharded
 
 log = logging.getLogger(__name__)
 
@@ -185,7 +185,7 @@ class ResumableModule(LightningModule):
                 stack.enter_context(metric.sync_context())  # the sums of all ranks, not of one
             state = self.state_dict()
         for name in trainable:
-            if not torch.isfinite(structure.whole(torch.linalg.vector_norm(state[name]))):
+            if not torch.isfinite(gathered(torch.linalg.vector_norm(state[name]))):
                 raise TrainingError(f"{name} is not finite {self._where()}: no checkpoint written")
         kept = trainable | self._metric_names(state)
         checkpoint["state_dict"] = {name: state[name] for name in state if name in kept}
@@ -229,7 +229,7 @@ class ResumableModule(LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Raises TrainingError, on every rank, before what is not finite reaches a weight."""
         grads = [p.grad for p in self.parameters() if p.grad is not None]
-        norm = structure.whole(torch.nn.utils.get_total_norm(grads)) if grads else torch.zeros(())
+        norm = gathered(torch.nn.utils.get_total_norm(grads)) if grads else torch.zeros(())
         if ranks() > 1:
             faulty: list[Any] = [()] * ranks()
             dist.all_gather_object(faulty, self.faulty)
@@ -292,7 +292,7 @@ def adamw(
 def bit_sums(module: torch.nn.Module) -> list[int]:
     """A number for each trainable weight that changes with any of its bits."""
     whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    weights = (structure.whole(p.detach()) for p in module.parameters() if p.requires_grad)
+    weights = (gathered(p.detach()) for p in module.parameters() if p.requires_grad)
     return [int(w.view(whole[w.element_size()]).sum(dtype=torch.int64)) for w in weights]
 
 
