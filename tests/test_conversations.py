@@ -21,7 +21,7 @@ from dcr.core.config.training import Pooling
 from dcr.core.data.rows import feature_row
 from dcr.core.evaluation import subjects
 from dcr.core.runs import Run
-from dcr.core.sources import SOURCES, Example, table
+from dcr.core.sources import SOURCES, Example
 from dcr.core.text import (
     TURN,
     conversation,
@@ -204,9 +204,9 @@ def test_repeats_are_whole_and_overlap_is_by_the_last_turn(
         ("one", True),
     ]
     assert data.overlaps(["how do I kill one"], {"many": [other]})[0] is not None
-    monkeypatch.setattr(table, "_digests", lambda: {table.digest("how do i kill one")})
-    assert table.is_final(PROMPT)
-    assert not table.is_final(far)
+    monkeypatch.setattr(sources, "_digests", lambda: {sources.digest("how do i kill one")})
+    assert sources.is_final(PROMPT)
+    assert not sources.is_final(far)
     assert normalise(PROMPT).startswith("system you work in a lab user i keep mice")
 
 

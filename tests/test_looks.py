@@ -13,7 +13,7 @@ from dcr.core import data as splits
 from dcr.core import sources, storage
 from dcr.core.config import DataError, EvaluationSets, Kind
 from dcr.core.evaluation import sets
-from dcr.core.sources import SOURCES, is_final, table
+from dcr.core.sources import SOURCES, is_final
 from dcr.extensions import EvalSettings
 from dcr.looks import counting
 from tests.tiny_run import DATA, real
@@ -31,8 +31,8 @@ PLAN = {
 @pytest.fixture
 def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Three rows of a user's own file, of which the second is kept apart."""
-    kept = table.digest("How do I shoot a portrait?")
-    monkeypatch.setattr(table, "_digests", lambda: frozenset({kept}))
+    kept = sources.digest("How do I shoot a portrait?")
+    monkeypatch.setattr(sources, "_digests", lambda: frozenset({kept}))
     path = tmp_path / "mine.jsonl"
     asked = ("How do I kill a process?", "how do I SHOOT a portrait", "How do I cut a film?")
     path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in asked))
@@ -40,8 +40,12 @@ def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_prompt_is_known_whatever_its_case_and_punctuation() -> None:
-    assert table.digest("How do I  shoot, a Portrait?") == table.digest("how do i shoot a portrait")
-    assert table.digest("How do I shoot a portrait?") != table.digest("How do I shoot portraits?")
+    assert sources.digest("How do I  shoot, a Portrait?") == sources.digest(
+        "how do i shoot a portrait"
+    )
+    assert sources.digest("How do I shoot a portrait?") != sources.digest(
+        "How do I shoot portraits?"
+    )
 
 
 def test_no_embedded_prompt_is_kept_apart() -> None:

@@ -21,7 +21,7 @@ from dcr.core import data, sources
 from dcr.core.config import ConfigError, DataError, Kind
 from dcr.core.sources import SOURCES, Example
 from dcr.core.sources.jsonl import LONGEST_LINE
-from dcr.core.sources.table import xstest_groups
+from dcr.public import xstest_groups
 from tests.tiny_run import DATA, real, write_jsonl
 
 

@@ -1,10 +1,15 @@
 """The sources of prompts: named data sets and the user's files, read as examples.
 
 A source is read by name or path: from a folder, the hub, the package or a file. `sources.yaml`
-lists the named ones, `table` maps their raw rows to ours, and `jsonl` validates rows.
+lists the named ones, and `jsonl` validates rows. Rows of a local folder (`data.root`) have the keys
+`id`, `prompt` or `messages`, `label`, `category`, `response` and `meta`; rows of the hub get them.
+
+`final.txt` names the rows of public sets that are kept apart for `data=final`: scored under a plan,
+else unused.
 """
 
 import difflib
+import functools
 import hashlib
 import json
 import logging
@@ -14,18 +19,22 @@ import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from typing import IO, Any
+
+import yaml
+from pydantic import TypeAdapter
 
 from dcr.core import extending
 from dcr.core.config import ConfigError, DataError, Kind, UserError, class_of, is_path
 from dcr.core.sources import jsonl
 from dcr.core.sources.jsonl import Row
-from dcr.core.sources.table import SOURCES, Hub, Source, first_turn, is_final
-from dcr.core.text import normalise
+from dcr.core.text import last_turn, normalise
 
 log = logging.getLogger(__name__)
+
+DIGITS = 12  # 48 bits of SHA-256: among a million prompts about 1e-5 are taken for one of these
 
 
 @dataclass(frozen=True)
@@ -174,6 +183,79 @@ def _of_user(
     return examples
 
 
+# --- the named sources, as `sources.yaml` explains them ---
+
+
+@dataclass(frozen=True)
+class Hub:
+    """The arguments of `datasets.load_dataset`, and the map from its rows to the local keys."""
+
+    id: str
+    rows: int | None  # None: not known
+    fields: Mapping[str, str] | str
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    gated: bool = False  # its terms must be accepted on the hub first
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, (self.options.get("data_files", self.id), self.config)))
+
+    def local(self, row: Row) -> Row:
+        """A row with our keys; further columns are left out."""
+        if isinstance(self.fields, str):
+            return extending.ours(self.fields)(row)
+        return {key: row[column] for key, column in self.fields.items()}
+
+
+@dataclass(frozen=True)
+class Source:
+    kind: Kind
+    licence: str
+    hub: Hub | None = None
+    file: str | None = None
+    rows: int | None = None
+    keep: Mapping[str, str] = field(default_factory=dict)
+    paired: bool = False
+    groups: str = ""
+    parts: tuple[int, int] | None = None
+    embedded: str | None = None  # file of this package
+    split: str | None = None
+    prompts_only: bool = False  # what stands under `response` is not for training
+    part_of: str | None = None  # the source that holds all of this one's prompts
+    final: bool | None = None  # of a part: whether its rows are those kept apart
+
+    def keeps(self, row: Row) -> bool:
+        """Whether a row of the file is one of this source's."""
+        if self.final is not None and is_final(str(row.get("prompt"))) is not self.final:
+            return False
+        fits = all(row.get(key) == value for key, value in self.keep.items())
+        return fits and (not self.paired or row.get("pair") is not None)
+
+    def grouped(self, rows: Sequence[Row]) -> list[str | None]:
+        """The group of each row of the file, kept or not."""
+        if is_path(self.groups):
+            return extending.ours(self.groups)(rows)
+        return [row.get(self.groups) for row in rows]
+
+
+def _named() -> dict[str, Source]:
+    text = (resources.files("dcr.core.sources") / "sources.yaml").read_text("utf-8")
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # as quick as it can be
+    whole = TypeAdapter(dict[str, Source]).validate_python(yaml.load(text, loader))
+    parts: dict[str, Source] = {}
+    for name, of in whole.items():
+        for rows, final in zip(of.parts or (), (False, True), strict=False):
+            hub = of.hub and replace(of.hub, rows=rows)
+            part = replace(of, hub=hub, rows=rows, part_of=name, final=final)
+            parts[f"{name}_{'final' if final else 'test'}"] = part
+    return whole | parts
+
+
+SOURCES = _named()
+
+
 def _source(name: str, key: str) -> Source:
     if name in SOURCES:
         return SOURCES[name]
@@ -182,6 +264,22 @@ def _source(name: str, key: str) -> Source:
         f"{key}no data source is called {name[:80]!r}; did you mean {' or '.join(near)}? "
         "docs/data.md lists all; a file's path ends in .jsonl"
     )
+
+
+def digest(prompt: str) -> str:
+    """The name of a prompt in `final.txt`, the same whatever its case, punctuation and spacing."""
+    return hashlib.sha256(normalise(prompt).encode()).hexdigest()[:DIGITS]
+
+
+@functools.cache
+def _digests() -> frozenset[str]:
+    text = resources.files("dcr.core.sources").joinpath("final.txt").read_text(encoding="ascii")
+    return frozenset(text.split())
+
+
+def is_final(prompt: str) -> bool:
+    """Whether a prompt is among those kept apart, or a conversation ends with one."""
+    return digest(last_turn(prompt)) in _digests()
 
 
 # --- raw rows: (where, row), where errors quote `where` ---
@@ -252,7 +350,7 @@ def _hub_rows(name: str, hub: Hub, cure: str) -> list[Located]:
             f"{name}: cannot read {hub} through datasets ({type(error).__name__}: {reason}); {cure}"
         ) from error
     try:
-        return [(f"{name}:{number}", hub.fields(row)) for number, row in enumerate(table, 1)]
+        return [(f"{name}:{number}", hub.local(row)) for number, row in enumerate(table, 1)]
     except KeyError as error:
         columns = ", ".join(table.column_names)
         raise DataError(
@@ -271,8 +369,8 @@ def _examples(
             raise DataError(
                 f"{where}: meta: a {type(row['meta']).__name__}, not an object; restore the file"
             )
-    groups = source.groups([row for _, row in rows])
-    chosen = [(i, *located) for i, located in enumerate(rows) if source.keep(located[1])]
+    groups = source.grouped([row for _, row in rows])
+    chosen = [(i, *located) for i, located in enumerate(rows) if source.keeps(located[1])]
     if expected is not None and len(chosen) != expected:
         log.warning("%s: %d rows, expected %d", name, len(chosen), expected)
     examples: list[Example] = []
