@@ -93,7 +93,7 @@ TABLE = Table(
     endpoint="dcr.endpoints.subject:Served",
     sharing="dcr.workers:Shared",
     contamination="dcr.contamination:measured",
-    record="dcr.results.schema:Metrics",
+    metrics="dcr.results.file:MetricsFile",
     showing="dcr.wandb_scores:showing",
     relations=(
         contrast.relations,

@@ -14,9 +14,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from dcr.core import storage
 from dcr.core.config import Kind
-from dcr.core.evaluation.protocols import CURE, VERSION
+from dcr.core.evaluation.protocols import VERSION
 from dcr.core.statistics import Interval
 
+CURE = "restore it, or delete it and evaluate again: stored answers are kept"
 NOTABLE = 0.05  # share of empty answers from which a reader is warned
 
 Count = Annotated[int, Field(ge=0)]

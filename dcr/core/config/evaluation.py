@@ -73,7 +73,7 @@ class Table:
     endpoint: str = ""  # of the `protocols.Subject` that answers for `endpoint=`
     sharing: str = ""  # of the `subjects.Local` whose prompts several processes share
     contamination: str = ""  # of what counts the prompts of sets that a run was trained on
-    record: str = ""  # of the pydantic record that `metrics.json` must be, with its `silence`
+    metrics: str = ""  # of a `protocols.MetricsFile`
     showing: str = ""  # of a context that shows what is measured
     relations: tuple[Relations, ...] = ()
 

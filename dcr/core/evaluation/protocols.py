@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from dcr.core.sources import Example
 
 VERSION: Literal[2] = 2  # of the layout of `metrics.json`
-CURE = "restore it, or delete it and evaluate again: stored answers are kept"
 
 Answers = Mapping[str, "list[Completion]"]  # by set
 Rules = Mapping[str, Callable[[str], str]]  # the outcome of a response by keywords, by name
@@ -143,6 +142,34 @@ class Change:
     def made_from(self, settings: EvalConfig, sets: Sequence["PromptSet"]) -> dict[str, int]:
         """The number of prompts of each set that it was made from."""
         return {}
+
+
+class MetricsFile:
+    """`metrics.json` of a subject; this one holds what one command measures, and checks nothing.
+
+    `origin` has the entries that say where its numbers come from.
+    """
+
+    def __init__(self, subject: Subject, folder: Path, origin: Mapping[str, Any]) -> None:
+        self.subject, self.folder, self.origin = subject, folder, origin
+        self.file = folder / "metrics.json"
+
+    def kept(self) -> dict[str, Any]:
+        """The blocks of earlier commands that hold here."""
+        return {}
+
+    def joined(self, counted: dict[str, Any]) -> dict[str, Any]:
+        """The counts of this command, with those of sets that only an earlier one has asked."""
+        return counted
+
+    def merged(self, blocks: Mapping[str, Any]) -> dict[str, Any]:
+        """The content of the file: these blocks, and those that are kept."""
+        return {**self.origin, **blocks}
+
+    def write(self, metrics: Mapping[str, Any]) -> str:
+        """Writes the file, and gives a warning of numbers that say little, or nothing."""
+        storage.write_json(self.file, metrics)
+        return ""
 
 
 @dataclass(frozen=True)
