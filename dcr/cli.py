@@ -36,7 +36,7 @@ from dcr import resolving
 from dcr.core import config, continuing, storage
 from dcr.core.config import ConfigError, ModelConfig, UserError
 from dcr.core.config.evaluation import EvalConfig
-from dcr.core.config.training import COUNTS, TrainConfig
+from dcr.core.config.training import TrainConfig
 from dcr.core.runs import Run
 from dcr.core.text import label_of
 from dcr.ending import (
@@ -67,6 +67,8 @@ REFUSED_OPTIONS = {
 }
 # Fields that belong to the name, and so stay when another model is named.
 WITH_ANY_NAME = ("name", "revision", "trust_remote_code", "quantization")
+# Counts of rows, which give way to what there is where a command names none of them.
+COUNTS = ("data.seemingly_toxic.count", "data.safety.count", "data.normal.count", "dcr.ratio")
 # Entries of `config.json` that make two models one architecture.
 SHAPE = ("model_type", "num_hidden_layers", "hidden_size", "vocab_size")
 

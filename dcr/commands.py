@@ -4,6 +4,7 @@ What trains and evaluates is imported behind the checks of the settings, so that
 error need no torch.
 """
 
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -39,6 +40,11 @@ COMMANDS = {
     "chat": "talk to a run's result",
 }
 
+# Variables that give a process its place among the nodes: torchrun's, Slurm's, MPI's, LSF's, ours.
+LAUNCHED = {
+    *("TORCHELASTIC_RUN_ID", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "LSB_JOBID", "NODE_RANK"),
+}
+
 
 @hydra.main(version_base="1.3", config_path=str(config.CONF), config_name="train")
 @cli.job
@@ -53,11 +59,16 @@ def _train(composed: DictConfig) -> None:
         from dcr import plan
 
         print(plan.describe(settings))
-    else:
-        from dcr.train import train as run_stages
+        return
+    if (nodes := settings.trainer.num_nodes) > 1 and not LAUNCHED & os.environ.keys():
+        raise ConfigError(
+            f"trainer.num_nodes={nodes}: no launcher says which node this is, and the "
+            "others would be waited for; start it with torchrun or srun on each node"
+        )
+    from dcr.train import train as run_stages
 
-        extensions.hand_in_passes()
-        run_stages(settings, Run(cli.output_folder()))
+    extensions.hand_in_passes()
+    run_stages(settings, Run(cli.output_folder()))
 
 
 @hydra.main(version_base="1.3", config_path=str(config.CONF), config_name="eval")

@@ -22,6 +22,7 @@ from dcr import (
     steering,
     thinking,
     tracking,
+    wandb_run,
 )
 from dcr.ability import AbilityConfig
 from dcr.analyses import ClaimsConfig, KernelConfig, RefusalProbabilityConfig, SeparabilityConfig
@@ -46,6 +47,7 @@ from dcr.robustness import RobustnessConfig
 from dcr.steering import SteeringConfig
 from dcr.stl_aug import AugmentConfig
 from dcr.tracking import TrackingConfig
+from dcr.wandb_run import WandbConfig
 
 if TYPE_CHECKING:
     from dcr.fast.passes import Fast
@@ -107,6 +109,7 @@ TABLE = Table(
         analyses.relations,
         thinking.relations,
         repetition.relations,
+        wandb_run.relations,
     ),
 )
 
@@ -167,6 +170,7 @@ class EvalSettings(EvalConfig):
     claims: ClaimsConfig = field(default_factory=ClaimsConfig)
     robustness: RobustnessConfig = field(default_factory=RobustnessConfig)
     final: FinalConfig = field(default_factory=FinalConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
 
 
 @listed("stl_aug", behind="sft")
@@ -180,17 +184,15 @@ class TrainSettings(TrainConfig):
         stages={"readout": "dcr.readout.stage:train"},
         examining="dcr.balance:examined",
         best_layer="dcr.choice.transfer:best_layer",
-        watching=Extension(
-            "dcr.tracking.curves:watching",
-            lambda of: bool(of.tracking.quantities or of.tracking.snapshots),
-        ),
+        watching="dcr.tracking.costs:watching",
         showing="dcr.wandb_run:showing",
         sharding="dcr.sharding:Shards",
-        relations=(tracking.relations,),
+        relations=(tracking.relations, wandb_run.relations),
     )
 
     stl_aug: AugmentConfig = field(default_factory=AugmentConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
 
 
 ending.SCHEMAS |= {"train": TrainSettings, "eval": EvalSettings}

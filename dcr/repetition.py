@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from dcr.core.config import ConfigError, ranged
+from dcr.core.config import ConfigError
 from dcr.core.config.evaluation import EvalConfig, GenConfig
 from dcr.core.evaluation.protocols import Change
-from dcr.resolving import decoding_alone
+from dcr.resolving import decoding_alone, ranged
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

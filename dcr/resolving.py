@@ -3,8 +3,8 @@
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import Field, fields, is_dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import Field, field, fields, is_dataclass, replace
 from difflib import SequenceMatcher
 from typing import Any, TypeVar
 
@@ -12,7 +12,6 @@ from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dcr.core.config import (
-    TAG,
     ConfigError,
     Method,
     ModelConfig,
@@ -24,8 +23,6 @@ from dcr.core.config import (
     class_of,
     is_path,
     literal,
-    not_negative,
-    positive,
 )
 from dcr.core.config.evaluation import AUTO_LENGTH, KEYWORD, EvalConfig
 from dcr.core.config.training import AUTO_LAYER, FSDP, Adapter, Moments, TrainConfig, stages_of
@@ -167,7 +164,19 @@ SAFE_NAME = re.compile(r"[A-Za-z0-9._-]+")
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")  # as Lightning spells them
 STRATEGIES = ("auto", "ddp", FSDP)
 THREADS = 1024  # torch starts as many as it is told, until it crashes
-PROJECT = 128  # characters of a project that W&B takes
+
+
+def positive(value: float) -> bool:
+    return value > 0
+
+
+def not_negative(value: float) -> bool:
+    return value >= 0
+
+
+def ranged(default: Any, holds: Callable[[float], bool], cure: str) -> Any:
+    """A numeric field of an extension's node: its default, what it must be, and what to give."""
+    return field(default=default, metadata={"range": (holds, cure)})
 
 
 def _share(value: float) -> bool:
@@ -261,7 +270,7 @@ def _contradictions(config: ScriptSettings) -> Iterator[str]:
 def _of_both(config: ScriptSettings) -> Iterator[str]:
     if (accelerator := config.trainer.accelerator) not in ACCELERATORS:
         yield f"trainer.accelerator={accelerator}: choose one of {', '.join(ACCELERATORS)}"
-    label, project = config.model.label, config.wandb.project
+    label = config.model.label
     if label and (label[0] == "." or not SAFE_NAME.fullmatch(label)):
         yield f"model.label={label}: use letters, digits, '.', '_' and '-', and no '.' in front"
     for name, value in config.model.template_variables.items():
@@ -273,14 +282,6 @@ def _of_both(config: ScriptSettings) -> Iterator[str]:
     for key, items in settings_of(config):
         if isinstance(items, list) and any(isinstance(item, (list, dict)) for item in items):
             yield f"{key}={items}: give names, as in {key}=[a,b]"
-    if not SAFE_NAME.fullmatch(project) or len(project) > PROJECT:
-        yield (
-            f"wandb.project={project}: use letters, digits, '.', '_' and '-' only, "
-            f"{PROJECT} at most"
-        )
-    for tag in config.wandb.tags:
-        if not 1 <= len(tag) <= TAG:
-            yield f"wandb.tags=[{tag!r:.60}]: give 1 to {TAG} characters each"
 
 
 def _of_training(config: TrainConfig) -> Iterator[str]:

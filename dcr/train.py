@@ -26,11 +26,6 @@ from dcr.core.training import Examine, Job, Show, Watch, callbacks
 
 log = logging.getLogger(__name__)
 
-# Variables that give a process its place among the nodes: torchrun's, Slurm's, MPI's, LSF's, ours.
-LAUNCHED = {
-    *("TORCHELASTIC_RUN_ID", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "LSB_JOBID", "NODE_RANK"),
-}
-
 
 def train(settings: TrainConfig, run: Run) -> None:
     """Run the stages of a method in a run folder, going on from whatever is done there.
@@ -43,10 +38,8 @@ def train(settings: TrainConfig, run: Run) -> None:
     rows = checked(settings, run)
     if not all(run.done(stage.value) for stage in wanted):
         arithmetic.say()
-    watched = None
-    if (part := settings.table.watching) and part.asked(settings):
-        watch: Watch = extending.ours(part.path)
-        watched = watch(settings)
+    watch: Watch | None = extending.ours(settings.table.watching)
+    watched = watch(settings) if watch else None
     show: Show | None = extending.ours(settings.table.showing) if _leads() else None
     with (
         callbacks.quiet(),
@@ -72,12 +65,12 @@ def train(settings: TrainConfig, run: Run) -> None:
 
 def checked(settings: TrainConfig, run: Run) -> Splits:
     """The rows of a run, and a UserError for all that can be known wrong before weights open."""
+    wanted = stages_of(settings)
     if not settings.plan:  # which opens none
         config.check_bitsandbytes(settings.model)
         check_moments(settings.dcr.optim)
-    _check_devices(settings)
+    _check_devices(settings, wanted)
     check_blocks(settings.dcr, settings.sft.readout, models.facts(settings.model).depth)
-    wanted = stages_of(settings)
     rows = data.rows_of(settings)
     _check_input(settings, run, wanted)
     training.check(settings, rows, [stage for stage in wanted if not run.done(stage.value)])
@@ -101,15 +94,10 @@ def _leads() -> bool:
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
-def _check_devices(settings: TrainConfig) -> None:
+def _check_devices(settings: TrainConfig, wanted: tuple[Stage, ...]) -> None:
     options = settings.trainer
     machine.check_devices(options.accelerator, options.devices)
-    if options.num_nodes > 1 and not LAUNCHED & os.environ.keys():
-        raise ConfigError(
-            f"trainer.num_nodes={options.num_nodes}: no launcher says which node this is, and the "
-            "others would be waited for; start it with torchrun or srun on each node"
-        )
-    processes, wanted = options.devices * options.num_nodes, stages_of(settings)
+    processes = options.devices * options.num_nodes
     shared = (Stage.contrastive, "dcr", settings.dcr), (Stage.sft, "sft", settings.sft)
     for stage, name, node in shared:  # the readout's batches are not
         if stage in wanted and node.batch_size < processes:

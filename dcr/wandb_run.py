@@ -9,13 +9,16 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from dcr.core import config, storage
-from dcr.core.config import STAGES, TAG, DataError, WandbConfig, WandbMode
+from dcr.core.config import STAGES, DataError, ScriptSettings
 from dcr.core.config.training import TrainConfig
 from dcr.core.runs import Run
 from dcr.ending import redact, single_line
+from dcr.resolving import SAFE_NAME
 
 if TYPE_CHECKING:
     import wandb
@@ -24,7 +27,36 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 WANDB_TIMEOUT = 20  # seconds to wait for a server before logging offline
+PROJECT, TAG = 128, 64  # characters of a project and of a tag that W&B takes
 RESULTS = tuple(stage.value for stage in STAGES)  # weights that a run made
+
+
+class WandbMode(Enum):
+    offline = "offline"
+    online = "online"
+    disabled = "disabled"
+
+
+@dataclass
+class WandbConfig:
+    mode: WandbMode = WandbMode.offline
+    project: str = "dcr"
+    entity: str | None = None  # you or a team; null: the account's own
+    group: str | None = None  # of runs; null: the sweep
+    tags: list[str] = field(default_factory=list)
+
+
+def relations(settings: ScriptSettings) -> Iterator[str]:
+    """Names that W&B does not take."""
+    node = settings.node(WandbConfig)
+    if not SAFE_NAME.fullmatch(node.project) or len(node.project) > PROJECT:
+        yield (
+            f"wandb.project={node.project}: use letters, digits, '.', '_' and '-' only, "
+            f"{PROJECT} at most"
+        )
+    for tag in node.tags:
+        if not 1 <= len(tag) <= TAG:
+            yield f"wandb.tags=[{tag!r:.60}]: give 1 to {TAG} characters each"
 
 
 @contextmanager
@@ -36,7 +68,7 @@ def showing(
 
     tags = [settings.method.value, settings.model.label or "model"]
     made_with = config.plain(settings)
-    with opened(settings.wandb, run, settings.stage.value, tags, made_with) as started:
+    with opened(settings.node(WandbConfig), run, settings.stage.value, tags, made_with) as started:
         if started is None:
             yield [], None
             return

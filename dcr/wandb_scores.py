@@ -14,7 +14,7 @@ from dcr.core.evaluation import sets
 from dcr.core.generation import Completion
 from dcr.core.runs import Run
 from dcr.judges import verdicts
-from dcr.wandb_run import RESULTS, result, run_id, use
+from dcr.wandb_run import RESULTS, WandbConfig, result, run_id, use
 
 if TYPE_CHECKING:
     import wandb
@@ -39,7 +39,7 @@ def showing(settings: EvalConfig, run: Run) -> Iterator[Callable[[Measured, Answ
         def shown(measured: Measured, answers: Answers) -> None:
             if not opened:
                 tags = [run.config()["method"], settings.model.label]
-                opening = wandb_run.opened(settings.wandb, run, "eval", tags, None)
+                opening = wandb_run.opened(settings.node(WandbConfig), run, "eval", tags, None)
                 opened.append(stack.enter_context(opening))
             show(opened[0], run, measured, answers)
 

@@ -31,7 +31,7 @@ from torchmetrics import MeanMetric
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dcr import extensions, train
-from dcr.analyses.separability import kmeans_accuracy
+from dcr.clusters import HeldoutClusters, kmeans_accuracy
 from dcr.core import config, losses, models, training
 from dcr.core.config import Stage
 from dcr.core.config.training import NLLSource, Pooling, TrainConfig
@@ -42,7 +42,7 @@ from dcr.core.models import Policy, structure
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
 from dcr.core.training import callbacks
-from dcr.core.training.contrastive import ContrastiveModule, KMeansAccuracy, PairMetrics
+from dcr.core.training.contrastive import ContrastiveModule, PairMetrics
 from dcr.core.training.resuming import Interrupted
 from dcr.fast.passes import Fast, laid_out
 from tests.shapes import chat_of, tiny_policy
@@ -344,7 +344,7 @@ def test_an_epoch_logs_the_measures_of_all_its_batches(
         def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, *_: Any) -> None:
             seen.append(batch)
 
-    trainer = fit(module, batches, callbacks=[Take()])
+    trainer = fit(module, batches, callbacks=[Take(), HeldoutClusters()])
     with torch.no_grad():
         trained_on = [(module.features(batch), batch.labels) for batch in seen]
         nll = [
@@ -370,11 +370,9 @@ def rank(index: int, meeting: str, results: Any) -> None:
     """One of two processes: its share of the uneven batches, then the common means."""
     warnings.simplefilter("ignore")
     torch.distributed.init_process_group("gloo", init_method=meeting, rank=index, world_size=2)
-    metrics, clusters, nll = PairMetrics(0.25), KMeansAccuracy(), MeanMetric()
+    metrics, nll = PairMetrics(0.25), MeanMetric()
     mine = uneven_batches()[index::2]
     add(metrics, mine, 0.25)
-    for features, labels in uneven_batches():  # of held-out rows every rank sees all
-        clusters.update(features, labels)
     for features, _ in mine:
         nll.update(features[:, 0])  # as SFT adds the NLL of each token
     module = ContrastiveModule.__new__(ContrastiveModule)
@@ -384,7 +382,7 @@ def rank(index: int, meeting: str, results: Any) -> None:
     checkpoint: dict[str, Any] = {}
     module.on_save_checkpoint(checkpoint)
     values = {name: value(metric) for name, metric in metrics.items()}
-    values |= {"kmeans": clusters.compute().item(), "nll": nll.compute().item()}
+    values |= {"nll": nll.compute().item()}
     saved = {k: v.item() for k, v in checkpoint["state_dict"].items()}
     results.put((index, values, saved))
     torch.distributed.destroy_process_group()
@@ -404,9 +402,8 @@ def test_two_ranks_measure_what_one_process_does(tmp_path: Path) -> None:
     assert [process.exitcode for process in ranks] == [0, 0]
     (_, one, saved), (_, two, _) = results.get(), results.get()
     batches = uneven_batches()
-    features, labels = (torch.cat(part) for part in zip(*batches, strict=True))
     expected = pooled_by_loops(batches, 0.25)
-    expected |= {"nll": features[:, 0].mean().item(), "kmeans": kmeans_accuracy(features, labels)}
+    expected |= {"nll": torch.cat([features for features, _ in batches])[:, 0].mean().item()}
     assert one == pytest.approx(expected, abs=1e-5)
     assert two == one
     rows = sum(len(y) for _, y in batches)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from scipy import stats
 
+from dcr.cli import COUNTS
 from dcr.core import data, models, prompts, sources
 from dcr.core.config import (
     ConfigError,
@@ -26,7 +27,6 @@ from dcr.core.config import (
     Stage,
 )
 from dcr.core.config.training import (
-    COUNTS,
     ContrastiveConfig,
     NLLConfig,
     NLLSource,

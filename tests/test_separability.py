@@ -21,11 +21,11 @@ from dcr.analyses.separability import (
     classical_mds,
     fisher_ratio,
     folds,
-    kmeans_accuracy,
     linear_probe,
     probe_auroc,
     transfer_auroc,
 )
+from dcr.clusters import kmeans_accuracy
 from dcr.core.config import Kind
 from dcr.core.config.training import Pooling
 from dcr.core.data.rows import PromptRow, prompt_rows

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from dcr.core.config import not_negative, ranged
+from dcr.resolving import not_negative, ranged
 
 
 @dataclass

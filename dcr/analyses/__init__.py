@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 
-from dcr.core.config import ConfigError, Quantization, positive, ranged
+from dcr.core.config import ConfigError, Quantization
 from dcr.core.config.evaluation import EvalConfig
 from dcr.core.config.training import Pooling
+from dcr.resolving import positive, ranged
 
 OF_EACH_KIND = "give prompts of each kind, 1 or more"
 PARAMETERS = re.compile(r"(tail|trunk):([0-9]+)|all|adapter")

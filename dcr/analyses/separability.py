@@ -21,10 +21,10 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from dcr import activations
+from dcr.clusters import kmeans_accuracy
 from dcr.core import machine, statistics
 from dcr.core.config.training import Pooling
 from dcr.core.data.rows import SEEMINGLY_TOXIC, TOXIC, PromptRow, prompt_rows
-from dcr.core.losses import kmeans_accuracy
 from dcr.core.machine import attention_mask, padded
 from dcr.core.models import Policy, structure
 from dcr.core.prompts import ChatFormat

@@ -3,9 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dcr.core.config import not_negative, positive, ranged
 from dcr.core.config.evaluation import EvalConfig, GenConfig
-from dcr.resolving import cut_short, decoding_alone
+from dcr.resolving import cut_short, decoding_alone, not_negative, positive, ranged
 
 
 @dataclass

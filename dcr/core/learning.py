@@ -4,9 +4,8 @@
 (`use`) that gives the same up to rounding in less time, as `dcr.fast` does on a CPU.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -34,9 +33,6 @@ class Labelled(NamedTuple):
     states: Float[Tensor, "batch length width"] | None
 
 
-Rest = Callable[[], Float[Tensor, "batch length width"]]
-
-
 @runtime_checkable
 class Learning(Protocol):
     """The ways of a batch, padded on the right, through a model that trains."""
@@ -59,19 +55,6 @@ class Learning(Protocol):
         block: int | None = None,
     ) -> Labelled:
         """The NLL of the targets that are not IGNORED, and the states behind a block (from 1)."""
-        ...
-
-    def halved(
-        self,
-        model: Any,
-        count: int,
-        ids: Int[Tensor, "batch length"],
-        mask: Bool[Tensor, "batch length"],
-    ) -> tuple[Float[Tensor, "batch length width"], Rest]:
-        """The final-normed states, without gradient, and a function for the last `count` blocks.
-
-        The function gives their states before the final norm, by the weights at its call.
-        """
         ...
 
     def shrink_frozen(
@@ -99,13 +82,6 @@ class Plain:
         counted = targets != IGNORED
         nll = losses.token_nll(hidden[counted], targets=targets[counted], **head_arguments(model))
         return Labelled(*nll, outputs[0])
-
-    def halved(
-        self, model: Any, count: int, ids: Tensor, mask: Tensor
-    ) -> tuple[Tensor, Callable[[], Tensor]]:
-        with recorded_calls(model, count) as calls, torch.no_grad():
-            states = self.states(structure.backbone(model), ids, mask)
-        return states, partial(repeated_calls, model, calls)
 
     def shrink_frozen(
         self, model: Any, block: int, whole: bool, settings: TrainConfig | None = None
@@ -157,39 +133,3 @@ def pooled(
     # where, not multiplication: a padded position may hold NaN and 0 * NaN is NaN
     kept = torch.where(inside[:, :, None], hidden.float(), 0.0)
     return kept.sum(1) / inside.sum(1, keepdim=True)
-
-
-# --- parts of a pass, for implementations of `Learning` -------------------------------------------
-
-
-Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
-
-
-@contextmanager
-def recorded_calls(model: Any, count: int) -> Iterator[Calls]:
-    """Records the arguments of each of the last `count` blocks, in their order, while open.
-
-    Only the first call keeps its hidden states, since each later block takes the previous output.
-    """
-    calls: Calls = []
-
-    def record(_block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        further = dict(kwargs)
-        hidden = args[0] if args else further.pop("hidden_states")
-        calls.append((args[1:] if calls else (hidden, *args[1:]), further))
-
-    with ExitStack() as stack:
-        for block in structure.decoder_blocks(model)[-count:]:
-            stack.callback(block.register_forward_pre_hook(record, with_kwargs=True).remove)
-        yield calls
-
-
-def repeated_calls(model: Any, calls: Calls) -> Float[Tensor, "..."]:
-    """The output of the last blocks, called again with recorded arguments and present weights."""
-    hidden: Any = ()
-    for block, (args, kwargs) in zip(
-        structure.decoder_blocks(model)[-len(calls) :], calls, strict=True
-    ):
-        output = block(*hidden, *args, **kwargs)
-        hidden = (output[0] if isinstance(output, tuple) else output,)
-    return hidden[0]

@@ -1,11 +1,8 @@
 """The two losses of stage one: Circle loss over prompt features and next-token NLL."""
 
-import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -167,25 +164,3 @@ def _masked_logsumexp(exponents: Tensor, mask: Tensor) -> Tensor:
     # finite, since a row of only -inf has NaN gradients; a quarter, so that the sum of two is too
     absent = torch.finfo(exponents.dtype).min / 4
     return exponents.masked_fill(~mask, absent).logsumexp(1)
-
-
-def kmeans_accuracy(
-    features: Float[Tensor, "prompts width"], labels: Int[Tensor, "prompts"], seed: int = 0
-) -> float:
-    """Share of prompts in the cluster matched to their class: k-means, k=2, best of ten starts.
-
-    With two classes the Hungarian matching is the better of the two assignments, so the value is
-    at least 0.5. NaN for fewer than two prompts.
-    """
-    if len(labels) < 2:
-        return math.nan
-    from sklearn.cluster import KMeans  # held-out rows alone need it
-
-    points = torch.nan_to_num(features.double()).numpy()
-    if not (points != points[0]).any():
-        clusters = np.zeros(len(points), dtype=int)  # all alike: one cluster
-    else:
-        starts: Any = 10  # its type says str
-        clusters = KMeans(n_clusters=2, n_init=starts, random_state=seed).fit_predict(points)
-    agreement = float((torch.from_numpy(clusters) == labels).double().mean())
-    return max(agreement, 1 - agreement)

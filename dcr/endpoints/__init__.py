@@ -10,8 +10,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from dcr.core.config import Language, not_negative, positive, ranged
-from dcr.resolving import cut_short
+from dcr.core.config import Language
+from dcr.resolving import cut_short, not_negative, positive, ranged
 
 PRICE = "give USD per million tokens, or null"
 

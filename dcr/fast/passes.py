@@ -23,6 +23,7 @@ from dcr.core.prompts import IGNORED
 from dcr.fast import cache, frozen, fusing, packing
 from dcr.fast.frozen import token_nll
 from dcr.fast.packing import Layout, Packing
+from dcr.readout import halving
 
 BY_LENGTH = {"dynamic", "longrope"}  # rotations that depend on the length of a pass
 WORTHWHILE = 8  # tokens; a pass of one row for fewer of them costs what it saves
@@ -32,7 +33,7 @@ _packs: "WeakKeyDictionary[nn.Module, dict[torch.device, Packing]]" = WeakKeyDic
 
 
 class Fast:
-    """The fast implementation of `passes.Passes` and `learning.Learning`.
+    """The fast implementation of `passes.Passes`, `learning.Learning` and `halving.Halving`.
 
     `measured` says of settings whether something is measured on the model while stage one trains,
     for which its frozen weights stay as they are.
@@ -60,12 +61,12 @@ class Fast:
     ) -> tuple[Tensor, Callable[[], Tensor]]:
         backbone = structure.backbone(model)
         layout = laid_out(backbone, ids, mask)
-        with learning.recorded_calls(model, count) as calls, torch.no_grad():
+        with halving.recorded_calls(model, count) as calls, torch.no_grad():
             states = layout.padded(packing.run(backbone, layout))
 
         def rest() -> Tensor:
             with packing.running(backbone, layout):
-                return layout.padded(learning.repeated_calls(model, calls))
+                return layout.padded(halving.repeated_calls(model, calls))
 
         return states, rest
 

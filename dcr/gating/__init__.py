@@ -13,8 +13,8 @@ from typing import Any
 from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
-from dcr.core.config import ranged
 from dcr.core.config.evaluation import EvalConfig
+from dcr.resolving import ranged
 
 RECORD = "gate.json"  # in a gate's folder, beside weights and tokenizer
 REFUSAL = "I'm sorry, but I can't help with that."

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from dcr.core import learning, refusal, runs, statistics, storage, training
+from dcr.core import refusal, runs, statistics, storage, training
 from dcr.core.config import ConfigError, Precision, Stage
 from dcr.core.config.training import ReadoutConfig, Schedule
 from dcr.core.data.module import Batch, Feed, SafetyData
@@ -27,7 +27,7 @@ from dcr.core.models import Policy, folders, structure
 from dcr.core.models.training import head_logits, save_adapter
 from dcr.core.training import Job, callbacks
 from dcr.core.training.resuming import ResumableModule, adamw, rate_factor
-from dcr.readout import WARMUP
+from dcr.readout import WARMUP, halving
 from dcr.readout.rows import ReadoutPass, ReadoutRows
 
 log = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ class HalfPass:
         before: the final-normed states there, by the weights of that time.
     """
 
-    rest: learning.Rest
+    rest: halving.Rest
     read: Bool[Tensor, "batch length"]
     before: Float[Tensor, "places width"]
 
@@ -134,7 +134,7 @@ def half_pass(
 
     Raises ConfigError where that does not give what the model itself computes.
     """
-    states, rest = learning.current().halved(model, count, ids, mask)
+    states, rest = halving.halved(model, count, ids, mask)
     found = HalfPass(rest, read, states[read])
     with torch.no_grad():
         error = (final_states(model, found) - found.before).abs().max()

@@ -10,9 +10,8 @@ from itertools import pairwise
 
 from omegaconf import II
 
-from dcr.core.config import not_negative, positive, ranged
 from dcr.core.config.evaluation import EvalConfig
-from dcr.resolving import cut_short
+from dcr.resolving import cut_short, not_negative, positive, ranged
 from dcr.steering import SteeringConfig
 
 ATTACKS = {  # in the words of tables

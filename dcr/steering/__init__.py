@@ -14,9 +14,9 @@ from enum import Enum
 from omegaconf import II
 
 from dcr.calibration import CalibrationConfig
-from dcr.core.config import Kind, positive, ranged
+from dcr.core.config import Kind
 from dcr.core.config.evaluation import EvalConfig
-from dcr.resolving import unknown
+from dcr.resolving import positive, ranged, unknown
 
 METHODS = ("none", "scans", "surgical", "ablation", "probe")
 OF_EACH_KIND = "give prompts of each kind, 1 or more"

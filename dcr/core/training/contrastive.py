@@ -5,8 +5,6 @@ from typing import Any
 import torch
 from lightning import LightningModule
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from dcr.core import learning, losses
@@ -35,27 +33,6 @@ def summed_over_ranks(value: Tensor) -> Tensor:
     """The sum over all ranks, without gradient."""
     value = value.detach()
     return torch.stack(gather_all_tensors(value)).sum(0) if ranks() > 1 else value
-
-
-class KMeansAccuracy(Metric):
-    """Accuracy of two clusters matched to the labels (A.9), over all features of an epoch."""
-
-    full_state_update = False
-
-    def __init__(self) -> None:
-        super().__init__(sync_on_compute=False)  # every rank validates on all held-out rows
-        self.features: list[Tensor]
-        self.labels: list[Tensor]
-        self.add_state("features", default=[], dist_reduce_fx="cat")
-        self.add_state("labels", default=[], dist_reduce_fx="cat")
-
-    def update(self, features: Tensor, labels: Tensor) -> None:
-        self.features.append(features.detach().float())
-        self.labels.append(labels)
-
-    def compute(self) -> Tensor:
-        features, labels = dim_zero_cat(self.features), dim_zero_cat(self.labels)
-        return torch.tensor(losses.kmeans_accuracy(features.cpu(), labels.cpu()))
 
 
 class PairMetrics(torch.nn.ModuleDict):
@@ -114,7 +91,6 @@ class ContrastiveModule(ResumableModule):
         self.anchored = config.nll.weight > 0
         self.train_metrics = PairMetrics(config.margin)
         self.heldout_metrics = PairMetrics(config.margin, "/heldout")
-        self.heldout_kmeans = KMeansAccuracy()
         self.token_nll = epoch_mean()
         self.keep_metrics_in_checkpoints()
 
@@ -136,14 +112,14 @@ class ContrastiveModule(ResumableModule):
         # DDP averages gradients over ranks, and this loss is already over the global batch
         return loss * ranks()
 
-    def validation_step(self, batch: PromptBatch, _: int) -> None:
+    def validation_step(self, batch: PromptBatch, _: int) -> Tensor:
+        """Measures held-out rows, and gives their features to callbacks."""
         features = self.features(batch)
         circle, floor = self.circle(features, batch.labels)
         self.checked(circle, batch.names)
         self.heldout_metrics.add(features, batch.labels, circle, floor)
         self.heldout_metrics.log_to(self)
-        self.heldout_kmeans.update(features, batch.labels)
-        self.log("contrastive/kmeans_accuracy/heldout", self.heldout_kmeans, on_step=False)
+        return features
 
     def features_and_nll(self, batch: PromptBatch) -> tuple[Tensor, Tensor]:
         """The prompts' features, and the NLL that anchors language: 0 without `dcr.nll.weight`."""
