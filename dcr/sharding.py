@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dcr.core import storage
 from dcr.core.models import structure
-from dcr.core.models.training import is_sharded
+from dcr.core.training import resuming
 
 REST = "rest.ckpt"  # of a checkpoint's folder: all but the tensors that are sharded
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, of each trainable weight
@@ -49,13 +49,25 @@ class Sharded(ModelParallelStrategy):
     lightning_module_state_dict = Strategy.lightning_module_state_dict
     load_model_state_dict = Strategy.load_model_state_dict
     load_optimizer_state_dict = Strategy.load_optimizer_state_dict
-    load_checkpoint = Strategy.load_checkpoint
     optimizer_state = Strategy.optimizer_state
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
     ) -> None:
-        self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)  # by all ranks
+        target = Path(filepath)
+        with resuming.saving(target):
+            write(checkpoint, target, self._weights)  # by all ranks
+
+    def load_checkpoint(
+        self, checkpoint_path: Any, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        found = Strategy.load_checkpoint(self, checkpoint_path, weights_only)
+        return found if Path(checkpoint_path).is_dir() else alike(found, self._weights)
+
+    @property
+    def _weights(self) -> nn.Module:
+        assert self.lightning_module is not None
+        return self.lightning_module
 
 
 def split(model: Any, mesh: DeviceMesh) -> None:
@@ -126,14 +138,14 @@ def write(checkpoint: dict[str, Any], folder: Path, module: nn.Module) -> None:
             storage.write_checksums(staging)
 
 
-def read(checkpoint: Path, module: nn.Module) -> dict[str, Any]:
+def read(folder: Path, module: nn.Module) -> dict[str, Any]:
     """A checkpoint's folder, with whole tensors or those shards that the module's weights have."""
-    whole = torch.load(checkpoint / REST, map_location="cpu", weights_only=True)
+    whole = torch.load(folder / REST, map_location="cpu", weights_only=True)
     places = list(homes(whole, module))
     tensors = {named: torch.empty_like(weight) for named, _, _, weight in places}
     with warnings.catch_warnings():  # that each process reads what it needs, without the others
         warnings.filterwarnings("ignore", message=".*torch.distributed is disabled")
-        reader = HuggingFaceStorageReader(str(checkpoint))
+        reader = HuggingFaceStorageReader(str(folder))
         load(tensors, storage_reader=reader, no_dist=True)
     for named, home, key, _ in places:
         home[key] = tensors[named]
@@ -142,7 +154,7 @@ def read(checkpoint: Path, module: nn.Module) -> dict[str, Any]:
 
 def alike(checkpoint: dict[str, Any], module: nn.Module) -> dict[str, Any]:
     """A whole checkpoint, its tensors sharded as the module's weights are."""
-    for _, home, key, weight in homes(checkpoint, module) if is_sharded(module) else ():
+    for _, home, key, weight in homes(checkpoint, module):
         if isinstance(weight, DTensor):
             home[key] = distribute_tensor(
                 home[key].to(weight.device),
@@ -157,5 +169,4 @@ class Shards:
     """`dcr.core.training.resuming.Shards`, as the table of extensions names it."""
 
     strategy, split = Sharded, staticmethod(split)
-    write, read = staticmethod(write), staticmethod(read)
-    alike = staticmethod(alike)
+    read = staticmethod(read)

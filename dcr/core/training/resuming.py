@@ -35,7 +35,7 @@ from dcr.core import extending, machine, storage
 from dcr.core.config import Precision, UserError
 from dcr.core.config.training import Moments, Schedule
 from dcr.core.models import structure
-from dcr.core.models.training import gathered, is_sharded
+from dcr.core.models.training import gathered
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 @runtime_checkable
 class Shards(Protocol):
-    """Weights split over the processes of a job, and checkpoints that are folders."""
+    """Weights split over the processes of a job, whose checkpoints are folders."""
 
     def strategy(self, processes: int) -> Strategy:
         """Lightning's strategy that splits them."""
@@ -60,16 +60,8 @@ class Shards(Protocol):
         """Split a model's weights in place."""
         ...
 
-    def write(self, checkpoint: dict[str, Any], folder: Path, module: nn.Module) -> None:
-        """Write a checkpoint, whole or not at all; every process calls."""
-        ...
-
-    def read(self, checkpoint: Path, module: nn.Module) -> dict[str, Any]:
-        """A folder's checkpoint, with tensors split as the module's weights are."""
-        ...
-
-    def alike(self, checkpoint: dict[str, Any], module: nn.Module) -> dict[str, Any]:
-        """The checkpoint of one process, its tensors split as the module's weights are."""
+    def read(self, folder: Path, module: nn.Module) -> dict[str, Any]:
+        """A checkpoint's folder, with tensors whole, or split as the module's weights are."""
         ...
 
 
@@ -307,10 +299,23 @@ class StepSeed(Callback):
         torch.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big"))
 
 
+@contextmanager
+def saving(checkpoint: Path) -> Iterator[None]:
+    """A checkpoint that cannot be written is a TrainingError with the reason."""
+    try:
+        yield
+    except (UserError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        reason = error.__cause__ if isinstance(error, UserError) else error
+        why = getattr(reason, "strerror", None) or " ".join(str(reason).split())[:120]
+        raise TrainingError(
+            f"{checkpoint}: cannot be written ({why}); earlier checkpoints are intact"
+        ) from error
+
+
 class VerifiedCheckpointIO(CheckpointIO):
     """Atomic writes with a checksum; loads tensors and plain values only, never pickled code.
 
-    Each process writes its own part, into a folder, where the weights of `module` are sharded.
+    It also reads, for the weights of `module`, the folder that an extension has written.
     """
 
     def __init__(self, module: Any) -> None:
@@ -320,10 +325,7 @@ class VerifiedCheckpointIO(CheckpointIO):
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
         target = Path(path)
-        try:
-            if is_sharded(self.module):
-                self.module.shards.write(checkpoint, target, self.module)
-                return
+        with saving(target):
             for place in (target, _checksum_file(target)):
                 if place.is_dir():  # whatever it is, no checkpoint of ours
                     shutil.rmtree(place)
@@ -332,22 +334,13 @@ class VerifiedCheckpointIO(CheckpointIO):
                 torch.save(checkpoint, summed)  # pyright: ignore[reportArgumentType]  # only writes
                 # the sum first: a checkpoint without one does not count as written
                 storage.write_text(_checksum_file(target), summed.digest.hexdigest())
-        except (UserError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-            reason = error.__cause__ if isinstance(error, UserError) else error
-            why = getattr(reason, "strerror", None) or " ".join(str(reason).split())[:120]
-            raise TrainingError(
-                f"{target}: cannot be written ({why}); earlier checkpoints are intact"
-            ) from error
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         if Path(path).is_dir():
             return self.module.shards.read(Path(path), self.module)
-        whole = torch.load(path, map_location=map_location or "cpu", weights_only=True)
-        if is_sharded(self.module):
-            return self.module.shards.alike(whole, self.module)
-        return whole
+        return torch.load(path, map_location=map_location or "cpu", weights_only=True)
 
     def remove_checkpoint(self, path: str | Path) -> None:
         for place in (Path(path), _checksum_file(Path(path))):
