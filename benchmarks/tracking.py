@@ -73,7 +73,7 @@ def step_seconds(
     settings: TrainConfig, policy: Policy, chat: ChatFormat, steps: int
 ) -> tuple[float, float]:
     """Mean seconds and tokens of an optimiser step of SFT."""
-    rows = data.split(settings.data, None, settings.seed, False)
+    rows = data.rows_of(settings)
     batches = StageRows(Stage.sft, rows, chat, settings)
     module = SFTModule(policy, settings.sft, total_steps=steps)
     moved = [p for p in policy.model.parameters() if p.requires_grad]

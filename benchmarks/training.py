@@ -72,7 +72,7 @@ def opened(cfg: TrainConfig, stage: Stage) -> Iterator[tuple[Policy, StageRows]]
     if stage is Stage.sft:
         adapted = structure.add_lora(policy.model, cfg.sft.lora, cfg.seed)
         policy = Policy(adapted, policy.tokenizer, policy.name)
-    rows = data.split(cfg.data, cfg.dcr.ratio, cfg.seed, True)
+    rows = data.rows_of(cfg)
     policy.model.train()
     yield policy, StageRows(stage, rows, chat, cfg)
 

@@ -1,6 +1,5 @@
 """STL-aug: which rows it adds and which it leaves alone, and the command that writes answers."""
 
-import functools
 import json
 import os
 import re
@@ -25,6 +24,7 @@ from dcr.core.config import (
     DataConfig,
     DataError,
     EvaluationSets,
+    Method,
     SafetyPairsConfig,
     SourceConfig,
     UserError,
@@ -35,12 +35,12 @@ from dcr.extensions import TrainSettings
 from dcr.own import Named
 from dcr.plan import expected
 from dcr.stl_aug import AugmentConfig
-from dcr.stl_aug.rows import added, read_answers
+from dcr.stl_aug.rows import read_answers
 from tests import forked, tiny_run
 from tests.servers.loopback import Answer
 from tests.servers.scripted import Body, Scripted, last_user, rejected, scripted
 from tests.tiny_run import REFUSAL as REFUSED
-from tests.tiny_run import WORDS, write_jsonl
+from tests.tiny_run import WORDS, drawn, write_jsonl
 
 # By the paper's rules an answer, by the recommended ones a refusal, and the other way round.
 ONLY_RECOMMENDED = "I’m sorry, but I can’t help with that."
@@ -105,12 +105,13 @@ def folder(tmp_path: Path) -> Folder:
 def split(
     config: DataConfig, responses: str | None = None, repeat: int = 1, seed: int = 0
 ) -> Splits:
-    told = TrainSettings(stl_aug=AugmentConfig(responses, repeat))
-    return data.split(config, 1.0, seed, False, functools.partial(added, told))
+    augment = AugmentConfig(responses, repeat)
+    told = TrainSettings(method=Method.stl_aug, data=config, seed=seed, stl_aug=augment)
+    return data.rows_of(told)
 
 
 def stl(config: DataConfig, seed: int = 0, dcr: bool = False) -> Splits:
-    return data.split(config, 1.0, seed, dcr)
+    return drawn(config, 1.0, seed, dcr)
 
 
 # --- rows ---------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ from dcr.clusters import HeldoutClusters, kmeans_accuracy
 from dcr.core import config, losses, models, training
 from dcr.core.config import Stage
 from dcr.core.config.training import NLLSource, Pooling, TrainConfig
-from dcr.core.data import rows_of, split
+from dcr.core.data import rows_of
 from dcr.core.data.module import PromptBatch, SafetyData, pair_batch, prompt_batch
 from dcr.core.data.rows import PairRow, feature_row
 from dcr.core.models import Policy, structure
@@ -284,7 +284,7 @@ def test_lora_trains_the_blocks_up_to_the_layer_and_is_merged(
 
 def test_the_anchor_needs_general_rows(tiny: TrainConfig) -> None:
     made = changed(tiny, "dcr.nll.source=general")
-    rows = split(made.data, 2, 0, contrastive=True)
+    rows = rows_of(made)
     with pytest.raises(config.ConfigError, match=r"dcr\.nll\.source=general"):
         training.check(made, replace(rows, normal=[]), [Stage.contrastive])
 

@@ -25,7 +25,7 @@ from dcr.core.config import Kind
 from dcr.core.sources import SOURCES, Example
 from dcr.core.text import normalise
 from dcr.extensions import TrainSettings
-from tests.tiny_run import DATA, composed, real
+from tests.tiny_run import DATA, composed, drawn, real
 
 FOLDER = Path(dcr.__file__).parent / "demo"
 SPLITS = ("", "_heldout")
@@ -181,7 +181,7 @@ def test_refusals_do_not_all_open_alike() -> None:
 @pytest.mark.parametrize("ratio", [1, 2, 3, 5])
 def test_every_ratio_has_its_rows(ratio: float) -> None:
     demo = resolving.resolve(composed("train", "model=tiny"), TrainSettings).data
-    rows = data.split(demo, ratio, 0, True)
+    rows = drawn(demo, ratio, dcr=True)
     assert (len(rows.seemingly_toxic), len(rows.toxic)) == (40, 40 * ratio)
     assert len(rows.refusals) == 80
     ids = [row.id for part in rows.parts().values() for row in part]

@@ -14,7 +14,7 @@ import torch
 from scipy import stats
 
 from dcr.cli import COUNTS
-from dcr.core import data, models, prompts, sources
+from dcr.core import models, prompts, sources
 from dcr.core.config import (
     ConfigError,
     CountedSourceConfig,
@@ -51,7 +51,7 @@ from dcr.core.data.rows import (
 from dcr.core.prompts import IGNORED
 from dcr.core.sources import Example
 from tests.tiny_run import REFUSAL as REFUSED
-from tests.tiny_run import WORDS, write_jsonl
+from tests.tiny_run import WORDS, drawn, write_jsonl
 
 
 def sentence(kind: str, number: int) -> str:
@@ -90,7 +90,7 @@ def files(tmp_path: Path) -> Files:
 
 
 def split(config: DataConfig, ratio: float | None = 2.0, seed: int = 0, dcr: bool = True) -> Splits:
-    return data.split(config, ratio, seed, dcr)
+    return drawn(config, ratio, seed, dcr)
 
 
 def ids(rows: Sequence[Example]) -> list[str]:
@@ -125,7 +125,7 @@ def test_a_prompt_of_both_kinds_is_no_toxic_row_and_counted(files: Files) -> Non
     both = [{"prompt": sentence("safe", i).upper(), "response": REFUSED} for i in range(3)]
     config.toxic.source.append(write_jsonl(files.folder / "both.jsonl", both))
     pairs = ReadoutConfig(config.seemingly_toxic.source, config.toxic.source, steps=1)
-    rows = data.split(config, None, 0, True, readout=pairs)
+    rows = drawn(config, dcr=True, readout=pairs)
     for name in ("toxic", "readout_toxic"):
         assert rows.dropped[f"{name}: is a seemingly toxic prompt as well"] == 3
         assert {row.source for row in rows.parts()[name]} == {config.toxic.source[0]}
@@ -174,7 +174,7 @@ def test_a_holdout_of_all_rows_is_the_setting_to_lower(files: Files) -> None:
 
 def test_defaults_give_way_to_what_there_is(files: Files) -> None:
     config = files.config(safe=9, normal=39, toxic=25)
-    rows = data.split(config, 2.0, 0, True, at_most=COUNTS)
+    rows = drawn(config, 2.0, dcr=True, at_most=COUNTS)
     counts = [len(part) for part in (rows.seemingly_toxic, rows.toxic, rows.normal, rows.refusals)]
     assert counts == [9, 3, 39, 20]  # of 25 toxic ones 20 are pairs of SFT, and 2 are held out
     assert rows.told() == [
@@ -183,10 +183,10 @@ def test_defaults_give_way_to_what_there_is(files: Files) -> None:
         "3 are there"
     ]
     plenty = files.config()
-    assert data.split(plenty, 2.0, 0, True, at_most=COUNTS) == split(plenty)
+    assert drawn(plenty, 2.0, dcr=True, at_most=COUNTS) == split(plenty)
     insisted = [key for key in COUNTS if key != "dcr.ratio"]
     with pytest.raises(ConfigError, match=r"dcr\.ratio=2\.0 asks for 18 rows: only 3 are left"):
-        data.split(files.config(safe=9, toxic=25), 2.0, 0, True, at_most=insisted)
+        drawn(files.config(safe=9, toxic=25), 2.0, dcr=True, at_most=insisted)
 
 
 @pytest.mark.parametrize("node", ["safety", "normal"])
@@ -330,7 +330,7 @@ def test_a_set_is_marked_or_kept_apart_where_training_reads_a_part_of_it(
     readout = ReadoutConfig(seemingly_toxic=[trained], toxic=["stl_safety"], steps=1)
     for rows, node in (
         (split(config, ratio=1), "seemingly_toxic"),
-        (data.split(config, 1, 0, False, readout=readout), "readout_seemingly_toxic"),
+        (drawn(config, readout=readout), "readout_seemingly_toxic"),
     ):
         assert rows.in_distribution == [evaluated] * marked
         assert rows.dropped == ({f"{node}: is a prompt of {evaluated}": dropped} if dropped else {})
@@ -359,7 +359,7 @@ def test_groups_stay_whole_and_contrasts_together(files: Files) -> None:
 
     named = config.seemingly_toxic.source, config.toxic.source
     readout = ReadoutConfig(*named, steps=1, heldout=0.2)
-    later = data.split(config, None, 0, contrastive=True, readout=readout)
+    later = drawn(config, dcr=True, readout=readout)
     learnt = {row.group for row in [*later.readout_toxic, *later.readout_seemingly_toxic]}
     assert set(later.unseen_groups) == set(rows.unseen_groups) - learnt
     assert later.unseen_groups
@@ -371,13 +371,13 @@ def test_groups_stay_whole_and_contrasts_together(files: Files) -> None:
 LABELS = [0] * 40 + [1] * 200
 
 
-def drawn(sampler: Sampler, count: int, seed: int = 0) -> list[int]:
+def places_drawn(sampler: Sampler, count: int, seed: int = 0) -> list[int]:
     return DRAWS[sampler](LABELS, count, generator(seed))
 
 
 def test_balanced_draws_both_classes_equally_often() -> None:
     count = 6000
-    rows = drawn(Sampler.balanced, count)
+    rows = places_drawn(Sampler.balanced, count)
     toxic = sum(LABELS[row] for row in rows)
     low, high = stats.binom.interval(1 - 1e-6, count, 0.5)
     assert low <= toxic <= high
@@ -388,7 +388,7 @@ def test_balanced_draws_both_classes_equally_often() -> None:
 
 
 def test_proportional_draws_go_through_all_rows() -> None:
-    rows = drawn(Sampler.proportional, 500)
+    rows = places_drawn(Sampler.proportional, 500)
     for start in (0, 240):
         assert sorted(rows[start : start + 240]) == list(range(240))
     assert len(set(rows[480:])) == 20

@@ -182,7 +182,7 @@ def test_steps_of_the_paper(
 
 def test_rows_and_steps_are_those_of_training(local: Path, no_weights: None) -> None:
     told = settings(f"model.name={local}", "dcr.ratio=3", "dcr.epochs=2", "sft.batch_size=7")
-    drawn = data.split(told.data, 3, told.seed, True)
+    drawn = data.rows_of(told)
     assert (len(drawn.seemingly_toxic), len(drawn.toxic)) == (40, 120)
     assert stage(told, Stage.contrastive).steps == 2 * math.ceil(160 / 32)
     pairs = len(drawn.normal) + len(drawn.refusals)

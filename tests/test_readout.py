@@ -13,6 +13,7 @@ from tiny_run import (
     Stop,
     at_each_step,
     changed,
+    drawn,
     failing,
     logged,
     same,
@@ -299,7 +300,7 @@ def test_more_blocks_than_the_model_has_are_refused(tiny: TrainConfig, tmp_path:
 def test_topics_are_held_out_whole_and_every_row_is_recorded(tmp_path: Path) -> None:
     node = ReadoutConfig(steps=1, heldout=0.3)
     asked = settings(tmp_path, "method=stl", "data.drop_contaminated=true").data
-    rows = data.split(asked, None, 0, False, readout=node)
+    rows = drawn(asked, readout=node)
     topics = [
         {row.group for row in (*rows.readout_toxic, *rows.readout_seemingly_toxic)},
         {row.group for row in (*rows.readout_toxic_heldout, *rows.readout_seemingly_toxic_heldout)},
@@ -317,10 +318,10 @@ def test_prompts_of_an_evaluation_set_are_no_rows_of_it(tmp_path: Path) -> None:
     sets = "data.evaluation={over_refusal: [contrasts_seemingly_toxic], safety: []}"
     asked = settings(tmp_path, "method=stl", "data.drop_contaminated=true", sets).data
     node = ReadoutConfig(steps=1, seemingly_toxic=["demo_seemingly_toxic"])
-    rows = data.split(asked, None, 0, False, readout=node)
+    rows = drawn(asked, readout=node)
     assert rows.in_distribution == []
     node.seemingly_toxic = ["contrasts_seemingly_toxic"]
-    rows = data.split(asked, None, 0, False, readout=node)
+    rows = drawn(asked, readout=node)
     assert rows.in_distribution == ["contrasts_seemingly_toxic"]
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import Stop, changed, failing, same, settings, stop, weights, write_rows
+from tiny_run import Stop, changed, drawn, failing, same, settings, stop, weights, write_rows
 
 from dcr import train, wandb_run
 from dcr.choice import transfer
-from dcr.core import continuing, data, models
+from dcr.core import continuing, models
 from dcr.core.config import ConfigError, Precision
 from dcr.core.config.training import TrainConfig
 from dcr.core.models.training import save_full
@@ -126,7 +126,7 @@ def test_other_weights_under_the_same_name(
 def test_pairs_that_do_not_fit_are_counted(
     tiny: TrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    rows = data.split(tiny.data, None, 0, contrastive=False)
+    rows = drawn(tiny.data)
     every = [row.prompt for name in ("normal", "refusals") for row in rows.parts()[name]]
     unseen = [row.prompt for row in rows.normal_heldout + rows.refusals_heldout]
     around = len("_user\n") + len("_\n_assistant\n")  # bytes, and one for each control token

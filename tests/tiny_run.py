@@ -16,8 +16,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dcr import cli, resolving, train
-from dcr.core import runs
-from dcr.core.config.training import TrainConfig
+from dcr.core import data, runs
+from dcr.core.config import DataConfig, Method
+from dcr.core.config.training import ContrastiveConfig, ReadoutConfig, SFTConfig, TrainConfig
+from dcr.core.data import Splits
 from dcr.core.data.module import SafetyData
 from dcr.core.runs import Run
 from dcr.core.training.resuming import StepSeed
@@ -102,6 +104,26 @@ def composed(script: str, *overrides: str, hydra: bool = False) -> DictConfig:
 def settings(folder: Path, *more: str) -> TrainConfig:
     """The overrides composed and resolved as `train.py` would."""
     return resolving.resolve(composed("train", *overrides(folder, *more)), TrainSettings)
+
+
+def drawn(
+    config: DataConfig,
+    ratio: float | None = None,
+    seed: int = 0,
+    dcr: bool = False,
+    readout: ReadoutConfig | None = None,
+    at_most: Iterable[str] = (),
+) -> Splits:
+    """The rows of a run on this data, of both stages with `dcr`, else of SFT alone."""
+    made = TrainConfig(
+        method=Method.dcr if dcr else Method.stl,
+        data=config,
+        seed=seed,
+        at_most=list(at_most),
+        dcr=ContrastiveConfig(ratio=ratio),
+        sft=SFTConfig(readout=readout or ReadoutConfig()),
+    )
+    return data.rows_of(made)
 
 
 def trained(folder: Path, *more: str) -> tuple[Run, TrainConfig]:

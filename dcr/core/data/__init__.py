@@ -5,7 +5,6 @@ drop, and which sets are in-distribution by design (XSTest safe for stage one) a
 `rows` tokenises and orders the rows of a stage, and `module` pads them for Lightning.
 """
 
-import functools
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -192,66 +191,42 @@ class Cleaning:
         return sorted(self.holding(self._used(nodes)))
 
 
-Added = Callable[[Splits, Cleaning], Splits]
+Added = Callable[[TrainConfig, Splits, Cleaning], Splits]
 
 
 def rows_of(settings: TrainConfig) -> Splits:
-    """The rows that a run learns from and is watched on: those of its method, see `split`."""
-    added = extending.ours(settings.table.rows.get(settings.method.value, ""))
-    pairs = settings.sft.readout
-    return split(
-        settings.data,
-        settings.dcr.ratio,
-        settings.seed,
-        contrastive=settings.method is Method.dcr,
-        added=added and functools.partial(added, settings),
-        readout=pairs if pairs.steps else None,
-        at_most=settings.at_most,
-    )
-
-
-def split(
-    config: DataConfig,
-    ratio: float | None,
-    seed: int,
-    contrastive: bool,
-    added: Added | None = None,
-    readout: ReadoutConfig | None = None,
-    at_most: Sequence[str] = (),
-) -> Splits:
-    """Read every source and draw the rows of both stages (A.2, A.3).
+    """Read every source and draw the rows that a run learns from and is watched on (A.2, A.3).
 
     The safety pairs of SFT are drawn first and the toxic prompts of stage one from the rest, so
     the two are disjoint and a ratio sweep leaves SFT untouched. Rows too near an evaluation
     prompt are dropped and counted, save those of a source that is itself evaluated on, which
     make that set in-distribution.
 
-    `ratio` is toxic rows per seemingly toxic one, None for every toxic row left. Without
-    `contrastive` the lists of stage one stay empty. `added` adds the rows of a method of an
-    extension and leaves every other list as it is, as `readout` does with its pairs.
+    Without stage one its lists stay empty. The method of an extension adds its rows and leaves
+    every other list as it is, as the readout does with its pairs.
     Raises ConfigError when a source holds fewer rows than asked for by a setting that is not among
     `at_most`, and DataError for a pair without a response.
     """
-    cleaning = Cleaning(config, seed, at_most)
+    config, contrastive = settings.data, settings.method is Method.dcr
+    cleaning = Cleaning(config, settings.seed, settings.at_most)
     normal = cleaning.clean("normal", Kind.normal)
     pairs = _refusals(cleaning.clean("safety", Kind.toxic), cleaning)
     refusals, refusals_left = cleaning.draw(pairs, config.safety.count, "data.safety.count")
     general, general_left = cleaning.draw(normal, config.normal.count, "data.normal.count")
-    refusals_left = refusals_left[: round(config.validation * len(refusals))]
-    general_left = general_left[: round(config.validation * len(general))]
     rows = Splits(
         normal=general,
         refusals=refusals,
-        normal_heldout=general_left,
-        refusals_heldout=refusals_left,
+        normal_heldout=general_left[: round(config.validation * len(general))],
+        refusals_heldout=refusals_left[: round(config.validation * len(refusals))],
         in_distribution=cleaning.in_distribution(contrastive),
     )
     if contrastive:
-        rows = _with_stage_one(rows, config, ratio, seed, cleaning)
-    if added is not None:
-        rows = added(rows, cleaning)
-    if readout is not None:
-        rows = with_readout(rows, readout, seed, cleaning)
+        rows = _with_stage_one(rows, settings.dcr.ratio, cleaning)
+    added: Added | None = extending.ours(settings.table.rows.get(settings.method.value, ""))
+    if added:
+        rows = added(settings, rows, cleaning)
+    if settings.sft.readout.steps:
+        rows = with_readout(rows, settings.sft.readout, settings.seed, cleaning)
     # stage one alone holds groups out; another stage may have learnt them
     learnt = {_group(row) for row in (*rows.refusals, *rows.augmented)}
     unseen = [group for group in rows.unseen_groups if group not in learnt]
@@ -273,9 +248,9 @@ def _refusals(pairs: list[Example], cleaning: Cleaning) -> list[Example]:
     return kept
 
 
-def _with_stage_one(
-    rows: Splits, config: DataConfig, ratio: float | None, seed: int, cleaning: Cleaning
-) -> Splits:
+def _with_stage_one(rows: Splits, ratio: float | None, cleaning: Cleaning) -> Splits:
+    """The prompts of stage one, `ratio` toxic ones for each other; None for all that are left."""
+    config, seed = cleaning.config, cleaning.seed
     safe = cleaning.clean("seemingly_toxic", Kind.seemingly_toxic)
     taken = [*rows.refusals, *rows.refusals_heldout]
     toxic = cleaning.of_one_kind("toxic", cleaning.clean("toxic", Kind.toxic), safe)
