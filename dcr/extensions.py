@@ -92,7 +92,10 @@ TABLE = Table(
         Extension("dcr.gating.answers:Gated", lambda of: of.gate is not None),
         Extension("dcr.looks.counting:Counted", lambda of: of.final.plan is not None),
     ),
-    endpoint="dcr.endpoints.subject:Served",
+    subjects=(
+        Extension("dcr.endpoints.subject:subjects", lambda of: of.endpoint is not None),
+        Extension("dcr.tracking.snapshots:subjects", lambda of: of.snapshots),
+    ),
     sharing="dcr.workers:Shared",
     contamination="dcr.contamination:measured",
     metrics="dcr.results.file:MetricsFile",

@@ -23,6 +23,7 @@ from dcr.core.models.training import (
     head_logits,
     save_adapter,
     save_full,
+    skeleton,
     trunk,
 )
 from tests import shapes
@@ -413,7 +414,7 @@ def test_a_folder_that_is_no_model_is_one_line(
     config = told(tmp_path, **entries)
 
     def planned() -> None:  # as a plan does, before any weight is read
-        models.skeleton(config)
+        skeleton(config)
         models.open_tokenizer(config)
 
     for open_it in (planned, lambda: models.open_policy(config, Precision.fp32)):

@@ -99,6 +99,11 @@ class Served(Subject):
         return least, {name: {row.id: row.most for row in rows} for name, rows in by_set.items()}
 
 
+def subjects(settings: EvalConfig, run: Run) -> list[Subject]:
+    """The server that `endpoint=` names."""
+    return [Served(settings, run)]
+
+
 def _put_in_order(asked: Sequence[PromptSet], folder: Path, schema: type[sets.OfPrompt]) -> None:
     for of in asked:
         calls.put_in_order(folder / f"{of.name}.jsonl", schema, [row.id for row in of.rows])

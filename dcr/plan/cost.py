@@ -104,12 +104,11 @@ def stage_shape(settings: TrainConfig, stage: Stage) -> Shape:
     """
     import torch
 
-    from dcr.core import models
     from dcr.core.models import structure
-    from dcr.core.models.training import freeze_beyond
+    from dcr.core.models.training import freeze_beyond, skeleton
 
     first, lora = stage is Stage.contrastive, lora_of(settings, stage)
-    model = models.skeleton(settings.model)
+    model = skeleton(settings.model)
     blocks, head = structure.decoder_blocks(model), structure.head(model).weight
     block, sizes = block_of(settings.dcr, len(blocks)), [_size(b.parameters()) for b in blocks]
     tied = head is model.get_input_embeddings().weight

@@ -69,7 +69,7 @@ class Table:
     rules: Mapping[str, str] = field(default_factory=dict)  # of a response's outcome, by name
     judging: str = ""  # of a `protocols.Judges`
     changes: tuple[Extension, ...] = ()  # of a `protocols.Change`
-    endpoint: str = ""  # of the `protocols.Subject` that answers for `endpoint=`
+    subjects: tuple[Extension, ...] = ()  # of what gives others than a stage or a model by name
     sharing: str = ""  # of the `subjects.Local` whose prompts several processes share
     contamination: str = ""  # of what counts the prompts of sets that a run was trained on
     metrics: str = ""  # of a `protocols.MetricsFile`

@@ -64,51 +64,35 @@ class Opening:
 
 def subjects(settings: EvalConfig, run: Run) -> Sequence[Subject]:
     """Everything that a command evaluates. ConfigError for a run with nothing to evaluate yet."""
-    if settings.endpoint is not None:
-        return [extending.ours(settings.table.endpoint)(settings, run)]
+    for others in settings.table.subjects:
+        if others.asked(settings):
+            return extending.ours(others.path)(settings, run)
     if settings.run is None:
         return [base(settings, run)]
-    if settings.snapshots:
-        return _snapshots(settings, run)
     if settings.stage is Stage.all:
         return [final(settings, run)]
     stage = settings.stage.value
     if not run.done(stage):
         raise ConfigError(f"stage={stage}: {run.folder} holds no {stage}/; train that stage first")
-    return [_local(settings, run, stage, run.stage(stage))]
+    return [local(settings, run, stage, run.stage(stage))]
 
 
 def base(settings: EvalConfig, run: Run) -> "Local":
     """The model by name, with its folder where the name is one's."""
     name = settings.model.name
-    local = name not in (TINY_MODEL, EMBEDDED_MODEL) and Path(name).is_dir()
-    return _local(settings, run, "base", Path(name) if local else None)
-
-
-def _snapshots(settings: EvalConfig, run: Run) -> list["Local"]:
-    saved = {int(f.name.removeprefix("step-")): f for f in sorted(run.snapshots.glob("step-*"))}
-    if not saved:
-        raise ConfigError(
-            f"run={run.folder}: holds no snapshots; train with tracking.snapshots=<number>"
-        )
-    wanted = saved if settings.steps is None else dict.fromkeys(settings.steps)
-    if missing := [step for step in wanted if step not in saved]:
-        raise ConfigError(
-            f"steps={settings.steps}: {run.folder} holds no snapshot of step {missing[0]}; choose "
-            f"from {', '.join(map(str, saved))}"
-        )
-    return [_local(settings, run, "snapshot", saved[step], step) for step in wanted]
+    is_folder = name not in (TINY_MODEL, EMBEDDED_MODEL) and Path(name).is_dir()
+    return local(settings, run, "base", Path(name) if is_folder else None)
 
 
 def final(settings: EvalConfig, run: Run) -> "Local":
     """The last stage that a run has finished. ConfigError if there is none."""
     for stage in reversed(STAGES):
         if run.done(stage.value):
-            return _local(settings, run, stage.value, run.stage(stage.value))
+            return local(settings, run, stage.value, run.stage(stage.value))
     raise ConfigError(f"run={run.folder}: no stage is done there; train it first")
 
 
-def _local(settings: EvalConfig, run: Run, *of: Any) -> "Local":
+def local(settings: EvalConfig, run: Run, *of: Any) -> "Local":
     """Weights that this process opens, or several that share the prompts."""
     several = settings.trainer.devices > 1
     return (extending.ours(settings.table.sharing) if several else Local)(settings, run, *of)

@@ -96,9 +96,7 @@ def architecture(config: ModelConfig) -> PretrainedConfig:
             read = AutoConfig.for_model(**config.architecture)
         _check("model.architecture", read, config.trust_remote_code)
         return read
-    return read_architecture(
-        source_of(config), f"model.name={config.name}", config.revision, config.trust_remote_code
-    )
+    return read_architecture(source_of(config), f"model.name={config.name}", **_options(config))
 
 
 def source_of(config: ModelConfig) -> str:
@@ -163,17 +161,6 @@ def _implementations(node: Any) -> Iterator[str]:
             yield value
 
 
-def skeleton(config: ModelConfig) -> Any:
-    """The real architecture, whose parameters have shapes and no values.
-
-    Raises ConfigError if no causal language model can be made of it.
-    """
-    shape = architecture(config)
-    called = "model.architecture" if config.architecture else f"model.name={config.name}"
-    with refused_as(called, "name a causal language model"), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(shape, trust_remote_code=config.trust_remote_code)
-
-
 def facts(config: ModelConfig) -> Facts:
     """Depth, width, vocabulary, context and weight tying, read without any weight."""
     text = architecture(config).get_text_config()
@@ -192,11 +179,8 @@ def open_policy(config: ModelConfig, precision: Precision) -> Policy:
     Raises ConfigError if the name is neither a folder, a reachable hub id, the embedded model nor
     `tiny`, or if its weights are not whole.
     """
-    source, called = source_of(config), f"model.name={config.name}"
-    options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    tokenizer = _tokenizer(called, source, read_architecture(source, called, **options), **options)
-    model = held_model(source, precision, config.quantization, called, **options)
-    return Policy(model, tokenizer, source)
+    named = f"model.name={config.name}"
+    return _opened(source_of(config), named, precision, config.quantization, **_options(config))
 
 
 def open_folder(
@@ -211,11 +195,15 @@ def open_folder(
     if its tokenizer has tokens without an embedding.
     """
     storage.check_checksums(Path(folder))
-    with refused_as(folder):
-        model = held_model(folder, precision, quantization, trust_remote_code=trust_remote_code)
-        tokenizer = result_tokenizer(Path(folder), trust_remote_code)
-    check_tokenizer(folder, tokenizer, model.config.get_text_config().vocab_size)
-    return Policy(model, tokenizer, folder)
+    return _opened(folder, folder, precision, quantization, trust_remote_code=trust_remote_code)
+
+
+def _opened(
+    source: str, called: str, precision: Precision, quantization: Quantization, **options: Any
+) -> Policy:
+    # the tokenizer first, since weights take longer
+    tokenizer = _tokenizer(called, source, read_architecture(source, called, **options), **options)
+    return Policy(held_model(source, precision, quantization, called, **options), tokenizer, source)
 
 
 def open_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -223,10 +211,12 @@ def open_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
     Raises ConfigError if it cannot be read, or has more tokens than the model.
     """
-    options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    return _tokenizer(
-        f"model.name={config.name}", source_of(config), architecture(config), **options
-    )
+    named = f"model.name={config.name}"
+    return _tokenizer(named, source_of(config), architecture(config), **_options(config))
+
+
+def _options(config: ModelConfig) -> dict[str, Any]:
+    return {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
 
 
 def _tokenizer(

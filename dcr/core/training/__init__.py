@@ -25,7 +25,7 @@ from dcr.core.data import Splits
 from dcr.core.data.module import Feed, SafetyData
 from dcr.core.data.rows import StageRows, check_lengths
 from dcr.core.models import Policy, structure
-from dcr.core.models.training import is_sharded, save_adapter, save_full, trained_weights
+from dcr.core.models.training import is_sharded, save_adapter, save_full, skeleton, trained_weights
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
 from dcr.core.storage import Lease
@@ -99,7 +99,7 @@ def check(settings: TrainConfig, rows: Splits, wanted: Sequence[Stage]) -> None:
 
 def _check_targets(settings: TrainConfig, lora: LoraConfig, blocks: int | None = None) -> None:
     with callbacks.quiet():
-        structure.add_lora(models.skeleton(settings.model), lora, settings.seed, blocks=blocks)
+        structure.add_lora(skeleton(settings.model), lora, settings.seed, blocks=blocks)
 
 
 def train_contrastive(job: Job) -> None:
