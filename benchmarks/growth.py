@@ -29,7 +29,7 @@ from dcr import extensions
 from dcr.analyses import ntk
 from dcr.core import models, prompts
 from dcr.core.config import Stage
-from dcr.core.data.module import PairBatch, PromptBatch
+from dcr.core.data.rows import PairBatch, PromptBatch
 from dcr.core.generation import continued
 from dcr.core.models import Policy, structure
 from dcr.core.training.contrastive import ContrastiveModule

@@ -35,7 +35,7 @@ from dcr import extensions
 from dcr.core import storage
 from dcr.core.config import Stage
 from dcr.core.config.training import TrainConfig
-from dcr.core.data.module import pair_batch
+from dcr.core.data.rows import pair_batch
 from dcr.core.training import callbacks
 from dcr.core.training.sft import SFTModule
 

@@ -27,8 +27,7 @@ from dcr import cli, extensions, resolving
 from dcr.core import data, models, prompts
 from dcr.core.config import Stage
 from dcr.core.config.training import TrainConfig
-from dcr.core.data.module import pair_batch
-from dcr.core.data.rows import StageRows, micro_batches
+from dcr.core.data.rows import StageRows, micro_batches, pair_batch
 from dcr.core.models import Policy, structure
 from dcr.core.prompts import IGNORED, ChatFormat
 from dcr.core.training.sft import SFTModule

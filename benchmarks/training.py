@@ -32,8 +32,7 @@ from dcr import cli, extensions, resolving
 from dcr.core import config, data, learning, losses, models, prompts
 from dcr.core.config import Stage
 from dcr.core.config.training import TrainConfig, block_of
-from dcr.core.data.module import pair_batch, prompt_batch
-from dcr.core.data.rows import StageRows, micro_batches
+from dcr.core.data.rows import StageRows, micro_batches, pair_batch, prompt_batch
 from dcr.core.models import Policy, structure
 from dcr.core.models.training import freeze_beyond, head_arguments
 from dcr.core.training.contrastive import ContrastiveModule

@@ -36,12 +36,11 @@ from dcr.core import config, losses, models, training
 from dcr.core.config import Stage
 from dcr.core.config.training import NLLSource, Pooling, TrainConfig
 from dcr.core.data import rows_of
-from dcr.core.data.module import PromptBatch, SafetyData, pair_batch, prompt_batch
-from dcr.core.data.rows import PairRow, feature_row
+from dcr.core.data.rows import PairRow, PromptBatch, feature_row, pair_batch, prompt_batch
 from dcr.core.models import Policy, structure
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
-from dcr.core.training import callbacks
+from dcr.core.training import SafetyData, callbacks
 from dcr.core.training.contrastive import ContrastiveModule, PairMetrics
 from dcr.core.training.resuming import Interrupted
 from dcr.fast.passes import Fast, laid_out

@@ -36,20 +36,23 @@ from dcr.core.config.training import (
     TrainConfig,
 )
 from dcr.core.data import Splits
-from dcr.core.data.module import PairBatch, SafetyData, pair_batch, prompt_batch
 from dcr.core.data.rows import (
     DRAWS,
     NO_CLASS,
     EpochBatches,
+    PairBatch,
     PairRow,
     PromptRow,
     generator,
     micro_batches,
+    pair_batch,
     permutation,
+    prompt_batch,
     share,
 )
 from dcr.core.prompts import IGNORED
 from dcr.core.sources import Example
+from dcr.core.training import SafetyData
 from tests.tiny_run import REFUSAL as REFUSED
 from tests.tiny_run import WORDS, drawn, write_jsonl
 

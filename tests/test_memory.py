@@ -163,7 +163,7 @@ def child(shape: dict[str, Any], block: int, settings: str, packed: bool) -> Non
 def batch(vocabulary: int, packed: bool) -> Any:
     import torch
 
-    from dcr.core.data.module import PromptBatch
+    from dcr.core.data.rows import PromptBatch
 
     ids = torch.randint(0, vocabulary, (ROWS, LENGTH))
     ids[:, : ALIKE * packed] = ids[0, : ALIKE * packed]

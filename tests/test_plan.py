@@ -17,7 +17,7 @@ from dcr import train as training_script
 from dcr.core import data, machine, models
 from dcr.core.config import ConfigError, DataError, Kind, LoraConfig, Method, Precision, Stage
 from dcr.core.config.training import TrainConfig
-from dcr.core.data.module import pair_batch, prompt_batch
+from dcr.core.data.rows import pair_batch, prompt_batch
 from dcr.core.models import structure
 from dcr.core.models.training import freeze_beyond
 from dcr.core.runs import Run

@@ -132,7 +132,7 @@ def test_passes_and_gradients_are_those_of_plain_layers(
 
 def sft_batch(chat: Any, tiny: Any) -> Any:
     from dcr.core import data
-    from dcr.core.data.module import SafetyData
+    from dcr.core.training import SafetyData
 
     rows = data.rows_of(tiny)
     batches = SafetyData(Stage.sft, rows, chat, tiny, 512)

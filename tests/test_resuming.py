@@ -30,7 +30,7 @@ from dcr import train
 from dcr.core import generation, models, storage, training
 from dcr.core.config import Method, UserError
 from dcr.core.config.training import SFTConfig, TrainConfig
-from dcr.core.data.module import PairBatch
+from dcr.core.data.rows import PairBatch
 from dcr.core.runs import Run
 from dcr.core.training import resuming
 from dcr.core.training.contrastive import ContrastiveModule

@@ -26,11 +26,10 @@ from dcr import train
 from dcr.core.config import Method, Stage
 from dcr.core.config.training import Schedule, SFTConfig, TrainConfig
 from dcr.core.data import rows_of
-from dcr.core.data.module import PairBatch, SafetyData, pair_batch
-from dcr.core.data.rows import PairRow, micro_batches
+from dcr.core.data.rows import PairBatch, PairRow, micro_batches, pair_batch
 from dcr.core.models import Policy, structure
 from dcr.core.runs import Run
-from dcr.core.training import callbacks
+from dcr.core.training import SafetyData, callbacks
 from dcr.core.training.resuming import StepSeed, rate_factor
 from dcr.core.training.sft import SFTModule
 from dcr.fast import passes as fast_passes

@@ -20,8 +20,8 @@ from dcr.core import data, runs
 from dcr.core.config import DataConfig, Method
 from dcr.core.config.training import ContrastiveConfig, ReadoutConfig, SFTConfig, TrainConfig
 from dcr.core.data import Splits
-from dcr.core.data.module import SafetyData
 from dcr.core.runs import Run
+from dcr.core.training import SafetyData
 from dcr.core.training.resuming import StepSeed
 from dcr.extensions import TrainSettings
 

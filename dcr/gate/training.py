@@ -16,15 +16,14 @@ from dcr.core import config, data, machine, models, prompts, runs, sources, stat
 from dcr.core.config import ConfigError, Kind, LoraConfig, Precision, Quantization, Stage
 from dcr.core.config.training import NLLConfig, Pooling, Sampler, Schedule, TrainConfig
 from dcr.core.data import Splits
-from dcr.core.data.module import PromptBatch, SafetyData
-from dcr.core.data.rows import SEEMINGLY_TOXIC, TOXIC, permutation
+from dcr.core.data.rows import SEEMINGLY_TOXIC, TOXIC, PromptBatch, permutation
 from dcr.core.models import folders, structure
 from dcr.core.models.structure import DTYPES
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
 from dcr.core.sources import SOURCES
 from dcr.core.storage import Lease
-from dcr.core.training import callbacks, lightning_trainer, resuming
+from dcr.core.training import SafetyData, callbacks, lightning_trainer, resuming
 from dcr.core.training.resuming import ResumableModule, adamw, rate_factor
 from dcr.frames import in_frames
 from dcr.gate import Recipe

@@ -2,7 +2,7 @@
 
 Overlap with what is evaluated means equal and nearly equal prompts. The caller decides which to
 drop, and which sets are in-distribution by design (XSTest safe for stage one) and only marked.
-`rows` tokenises and orders the rows of a stage, and `module` pads them for Lightning.
+`rows` tokenises and orders the rows of a stage, and pads them as batches.
 """
 
 import hashlib

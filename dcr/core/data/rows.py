@@ -1,4 +1,4 @@
-"""The tokenised rows of each stage, their order, and which of them each step looks at.
+"""The tokenised rows of each stage, their order, which of them each step looks at, and batches.
 
 The order is a function of seed and epoch, the same on every rank.
 """
@@ -9,17 +9,24 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from jaxtyping import Bool, Int
+
 from dcr.core import machine
 from dcr.core.config import ConfigError, DataError, Kind, Stage
 from dcr.core.config.training import NLLSource, Pooling, Sampler, SFTConfig, TrainConfig
 from dcr.core.data import Splits
+from dcr.core.machine import attention_mask, padded
 from dcr.core.prompts import IGNORED, ChatFormat
 from dcr.core.sources import Example
 
 if TYPE_CHECKING:
-    from torch import Generator
+    from torch import Generator, Tensor
+    from torch import device as Device
+else:
+    Tensor = Any  # torch is imported in functions: a user's error does not wait for it
 
 Row = TypeVar("Row")
+Moved = TypeVar("Moved", bound="Batch")
 
 TOXIC, SEEMINGLY_TOXIC = 1, 0  # class labels of stage one (Section 5)
 LABELS = {Kind.seemingly_toxic: SEEMINGLY_TOXIC, Kind.toxic: TOXIC}
@@ -61,7 +68,7 @@ def mixed(*seeds: int) -> int:
 
 def generator(*seeds: int) -> "Generator":
     """Torch's generator on the CPU, seeded by all of the numbers: the same on every machine."""
-    import torch  # help and a user's error need none
+    import torch
 
     return torch.Generator().manual_seed(mixed(*seeds))
 
@@ -321,3 +328,72 @@ def by_length(rows: Sequence[Any]) -> list[Any]:
 
 def parted(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:
     return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+# --- batches: rows padded for one forward pass ----------------------------------------------------
+
+
+class Batch:
+    """Tensors of one step, which Lightning moves to a device together."""
+
+    def to(self: Moved, device: "Device", non_blocking: bool = False) -> Moved:
+        moved = {
+            name: part.to(device, non_blocking=non_blocking)
+            for name, part in vars(self).items()
+            if hasattr(part, "to")
+        }
+        return replace(self, **moved)  # pyright: ignore[reportArgumentType]  # dataclasses alone
+
+
+@dataclass(frozen=True)
+class PairBatch(Batch):
+    """Right-padded prompt-response pairs; `targets[b, t]` is what position t must predict."""
+
+    ids: Int[Tensor, "batch length"]
+    mask: Bool[Tensor, "batch length"]
+    targets: Int[Tensor, "batch length"]
+    refusal: Bool[Tensor, "batch"]
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PromptBatch(Batch):
+    """Right-padded prompts of stage one with the positions to pool and next-token targets."""
+
+    ids: Int[Tensor, "batch length"]
+    mask: Bool[Tensor, "batch length"]
+    labels: Int[Tensor, "batch"]
+    spans: Int[Tensor, "batch 2"]
+    targets: Int[Tensor, "batch length"]
+    names: tuple[str, ...]
+    general: PairBatch | None = None
+
+
+def pair_batch(rows: Sequence[PairRow], pad: int) -> PairBatch:
+    """Pairs as one batch."""
+    import torch
+
+    return PairBatch(
+        padded([r.ids for r in rows], pad),
+        attention_mask([r.ids for r in rows]),
+        padded([r.targets for r in rows], IGNORED),
+        torch.tensor([r.refusal for r in rows]),
+        tuple(r.id for r in rows),
+    )
+
+
+def prompt_batch(
+    rows: Sequence[PromptRow], pad: int, general: Sequence[PairRow] = ()
+) -> PromptBatch:
+    """Prompts of stage one as one batch, with general pairs for the NLL anchor if given."""
+    import torch
+
+    return PromptBatch(
+        padded([r.ids for r in rows], pad),
+        attention_mask([r.ids for r in rows]),
+        torch.tensor([r.label for r in rows]),
+        torch.tensor([r.features for r in rows]),
+        padded([r.nll for r in rows], IGNORED),
+        tuple(r.id for r in rows),
+        pair_batch(general, pad) if general else None,
+    )

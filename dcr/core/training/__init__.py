@@ -9,21 +9,32 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from lightning import Callback, Trainer
+from lightning import Callback, LightningDataModule, Trainer
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from torch.utils.data import DataLoader
 
 from dcr.core import continuing, extending, learning, models, prompts, runs, storage
 from dcr.core.config import ConfigError, LoraConfig, Method, Precision, Quantization, Stage
 from dcr.core.config.training import FSDP, Adapter, TrainConfig, block_of
 from dcr.core.data import Splits
-from dcr.core.data.module import Feed, SafetyData
-from dcr.core.data.rows import StageRows, check_lengths
+from dcr.core.data.rows import (
+    Batch,
+    PairBatch,
+    PairRow,
+    PromptBatch,
+    PromptRow,
+    StageRows,
+    check_lengths,
+    pair_batch,
+    prompt_batch,
+)
 from dcr.core.models import Policy, structure
 from dcr.core.models.training import is_sharded, save_adapter, save_full, skeleton, trained_weights
 from dcr.core.prompts import ChatFormat
@@ -69,6 +80,76 @@ class Job:
     lease: Lease | None  # None in processes that help another one with its run folder
     loggers: list[Logger]
     watched: Watched | None = None  # None where nothing is measured meanwhile
+
+
+def _contrastive_step(rows: StageRows, drawn: Sequence[PromptRow]) -> PromptBatch:
+    mine, general = rows.contrastive_step(drawn)
+    return prompt_batch(mine, rows.pad, general)
+
+
+def _sft_step(rows: StageRows, drawn: Sequence[PairRow]) -> list[PairBatch]:
+    return [pair_batch(group, rows.pad) for group in rows.sft_step(drawn)]
+
+
+class Feed(NamedTuple):
+    """The rows of a stage, what is drawn of them as a step's batches, and held-out rows as one."""
+
+    rows: Any
+    of_step: Callable[..., Any]
+    of_heldout: Callable[..., Batch]
+
+
+BATCHES = {
+    Stage.contrastive: (_contrastive_step, prompt_batch),
+    Stage.sft: (_sft_step, pair_batch),
+}
+
+
+class SafetyData(LightningDataModule):
+    """Batches of one stage, for its LightningModule.
+
+    Stage one yields PromptBatch, SFT a list of PairBatch (the micro-batches of one step), each of
+    this rank's part of the rows. Called like `StageRows`, with its errors; the stage of an
+    extension brings its `feed`.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        rows: Splits,
+        chat: ChatFormat,
+        settings: TrainConfig,
+        context: int | None = None,
+        feed: Feed | None = None,
+    ) -> None:
+        super().__init__()
+        if feed is None:
+            feed = Feed(StageRows(stage, rows, chat, settings, context), *BATCHES[stage])
+        self.rows, self.of_step, self.of_heldout = feed
+        self.sampler = self.rows.sampler
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps of one epoch, the same on every rank."""
+        return len(self.sampler)
+
+    def train_dataloader(self) -> DataLoader:
+        rows, trainer = self.rows, self.trainer
+        if trainer is not None:
+            self.sampler.start = trainer.global_step
+            rows.rank, rows.world = trainer.global_rank, trainer.world_size
+            rows.sharded = isinstance(trainer.strategy, ModelParallelStrategy)
+        step = partial(self.of_step, rows)
+        # what has a length and items is a dataset to torch
+        return DataLoader(rows.drawn, batch_sampler=self.sampler, collate_fn=step)
+
+    def val_dataloader(self) -> DataLoader | list[DataLoader]:
+        passes = self.heldout()
+        return DataLoader(passes, batch_size=None) if passes else []  # pyright: ignore[reportArgumentType]
+
+    def heldout(self) -> list[Any]:
+        """The batches of held-out rows, whole on every rank."""
+        return [self.of_heldout(rows, self.rows.pad) for rows in self.rows.heldout_passes]
 
 
 def check(settings: TrainConfig, rows: Splits, wanted: Sequence[Stage]) -> None:

@@ -9,8 +9,7 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 
 from dcr.core import learning, losses
 from dcr.core.config.training import Adapter, ContrastiveConfig
-from dcr.core.data.module import PairBatch, PromptBatch
-from dcr.core.data.rows import NO_CLASS
+from dcr.core.data.rows import NO_CLASS, PairBatch, PromptBatch
 from dcr.core.models import Policy
 from dcr.core.models.training import freeze_beyond, trunk
 from dcr.core.prompts import IGNORED

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dcr.core import learning
 from dcr.core.config.training import SFTConfig
-from dcr.core.data.module import PairBatch
+from dcr.core.data.rows import PairBatch
 from dcr.core.models import Policy
 from dcr.core.prompts import IGNORED
 from dcr.core.training.resuming import ResumableModule, adamw, epoch_mean, rate_factor
