@@ -28,8 +28,8 @@ from dcr.ability import AbilityConfig
 from dcr.analyses import ClaimsConfig, KernelConfig, RefusalProbabilityConfig, SeparabilityConfig
 from dcr.calibration import CalibrationConfig
 from dcr.contrast import ContrastConfig
-from dcr.core.config import Extension, is_path
-from dcr.core.config.evaluation import EvalConfig, Table
+from dcr.core.config import is_path
+from dcr.core.config.evaluation import EvalConfig, Extension, Table
 from dcr.core.config.training import TrainConfig, TrainTable
 from dcr.endpoints import HTTPConfig
 from dcr.gating import GatingConfig

@@ -38,10 +38,7 @@ class Learning(Protocol):
     """The ways of a batch, padded on the right, through a model that trains."""
 
     def states(
-        self,
-        part: nn.Module,
-        ids: Int[Tensor, "batch length"],
-        mask: Bool[Tensor, "batch length"],
+        self, part: nn.Module, ids: Int[Tensor, "batch length"], mask: Bool[Tensor, "batch length"]
     ) -> Float[Tensor, "batch length width"]:
         """The last hidden states of a backbone or trunk; padding has no meaningful ones."""
         ...

@@ -135,9 +135,7 @@ def _cosine_matrix(features: Tensor) -> Float[Tensor, "batch batch"]:
     return directions @ directions.T
 
 
-def _pair_masks(
-    labels: Tensor,
-) -> tuple[Bool[Tensor, "batch batch"], Bool[Tensor, "batch batch"]]:
+def _pair_masks(labels: Tensor) -> tuple[Bool[Tensor, "batch batch"], Bool[Tensor, "batch batch"]]:
     """The masks of ordered pairs that share a label, a row with itself excepted, and of others."""
     same = labels[:, None] == labels[None, :]
     itself = torch.eye(len(labels), dtype=torch.bool, device=labels.device)

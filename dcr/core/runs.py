@@ -35,29 +35,16 @@ from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
 from dcr.core import config, machine, storage
-from dcr.core.config import (
-    STAGES,
-    ConfigError,
-    DataError,
-    Precision,
-)
+from dcr.core.config import STAGES, ConfigError, DataError, Precision
 
 log = logging.getLogger(__name__)
 
 # files that a command writes before its first step
 BEFORE_TRAINING = {
-    ".lock",
-    "config.yaml",
-    "rows.json",
-    "base.json",
-    "layer.json",
-    "threads.json",
-    "wandb_id",
-    "wandb",
+    *(".lock", "config.yaml", "rows.json", "base.json", "layer.json", "threads.json"),
+    *("wandb_id", "wandb"),
 }
 METRIC_FIELDS = ("stage", "step", "epoch", "key", "value")
-
-
 RESTORE = "restore it from a copy of the run, or train into another folder"
 
 
@@ -139,12 +126,9 @@ class Run:
 
     folder: Path
 
-    config_file, rows_file, base_file = (
-        RunPath("config.yaml"),
-        RunPath("rows.json"),
-        RunPath("base.json"),
-    )
-    layer_file, threads_file = RunPath("layer.json"), RunPath("threads.json")
+    config_file, rows_file = RunPath("config.yaml"), RunPath("rows.json")
+    base_file, layer_file = RunPath("base.json"), RunPath("layer.json")
+    threads_file = RunPath("threads.json")
     metrics_file, readout_file = RunPath("metrics.csv"), RunPath("readout.json")
     adopted_file, evaluated_file = RunPath("adopted.json"), RunPath("evaluated.json")
     snapshots = RunPath("snapshots")

@@ -207,14 +207,6 @@ class LoraConfig:
     targets: list[str] = II("model.lora_targets")  # names of projections, or [all-linear]
 
 
-@dataclass(frozen=True)
-class Extension:
-    """An extension that takes part where `asked` says so of the settings."""
-
-    path: str
-    asked: Callable[[Any], bool]
-
-
 # Finds settings of an extension that contradict each other, before torch is loaded: for each a line
 # that names key, value and cure.
 Relations = Callable[[Any], Iterator[str]]

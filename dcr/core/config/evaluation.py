@@ -3,13 +3,12 @@
 Nodes that `train.py` has as well are those of `config`; an extension brings its own, see `Table`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 from dcr.core.config import (
     DataConfig,
-    Extension,
     ModelConfig,
     Precision,
     Relations,
@@ -54,6 +53,14 @@ class DeviceConfig:
     devices: int = 1  # processes that share the prompts, each with the whole model on a GPU or CPU
     threads: int | None = None  # of torch; null: its own choice
     progress: bool = True  # show a bar
+
+
+@dataclass(frozen=True)
+class Extension:
+    """An extension that takes part where `asked` says so of the settings."""
+
+    path: str
+    asked: Callable[[Any], bool]
 
 
 @dataclass(frozen=True)

@@ -261,12 +261,8 @@ class StageRows:
     def _pairs(self, chat: ChatFormat, rows: list[Example], refusal: bool) -> list[PairRow]:
         made, encoded = [], functools.cache(chat.pair)  # a plan's placeholders are all alike
         for row in rows:
-            ids, targets = encoded(
-                row.prompt,
-                row.response or "",
-                self.sft.max_len,
-                self.sft.train_on_prompt,
-            )
+            response, sft = row.response or "", self.sft
+            ids, targets = encoded(row.prompt, response, sft.max_len, sft.train_on_prompt)
             if ids:
                 made.append(PairRow(row.id, ids, targets, refusal))
             else:
@@ -397,3 +393,16 @@ def prompt_batch(
         tuple(r.id for r in rows),
         pair_batch(general, pad) if general else None,
     )
+
+
+def _contrastive_step(rows: StageRows, drawn: Sequence[PromptRow]) -> PromptBatch:
+    mine, general = rows.contrastive_step(drawn)
+    return prompt_batch(mine, rows.pad, general)
+
+
+def _sft_step(rows: StageRows, drawn: Sequence[PairRow]) -> list[PairBatch]:
+    return [pair_batch(group, rows.pad) for group in rows.sft_step(drawn)]
+
+
+# of a step, and of held-out rows
+BATCHES = {Stage.contrastive: (_contrastive_step, prompt_batch), Stage.sft: (_sft_step, pair_batch)}

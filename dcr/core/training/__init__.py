@@ -24,17 +24,7 @@ from dcr.core import continuing, extending, learning, models, prompts, runs, sto
 from dcr.core.config import ConfigError, LoraConfig, Method, Precision, Quantization, Stage
 from dcr.core.config.training import FSDP, Adapter, TrainConfig, block_of
 from dcr.core.data import Splits
-from dcr.core.data.rows import (
-    Batch,
-    PairBatch,
-    PairRow,
-    PromptBatch,
-    PromptRow,
-    StageRows,
-    check_lengths,
-    pair_batch,
-    prompt_batch,
-)
+from dcr.core.data.rows import BATCHES, Batch, StageRows, check_lengths
 from dcr.core.models import Policy, structure
 from dcr.core.models.training import is_sharded, save_adapter, save_full, skeleton, trained_weights
 from dcr.core.prompts import ChatFormat
@@ -58,8 +48,7 @@ Watched = Callable[[Run, Stage, Policy, ChatFormat, int], list[Callback]]
 Watch = Callable[[TrainConfig], Watched]
 # Opens loggers for the stages of a run, and gives them with a function that is told of each result.
 Show = Callable[
-    [TrainConfig, Run],
-    AbstractContextManager[tuple[list[Logger], Callable[[str], None] | None]],
+    [TrainConfig, Run], AbstractContextManager[tuple[list[Logger], Callable[[str], None] | None]]
 ]
 
 LIGHTNING_PRECISION = {
@@ -82,27 +71,12 @@ class Job:
     watched: Watched | None = None  # None where nothing is measured meanwhile
 
 
-def _contrastive_step(rows: StageRows, drawn: Sequence[PromptRow]) -> PromptBatch:
-    mine, general = rows.contrastive_step(drawn)
-    return prompt_batch(mine, rows.pad, general)
-
-
-def _sft_step(rows: StageRows, drawn: Sequence[PairRow]) -> list[PairBatch]:
-    return [pair_batch(group, rows.pad) for group in rows.sft_step(drawn)]
-
-
 class Feed(NamedTuple):
     """The rows of a stage, what is drawn of them as a step's batches, and held-out rows as one."""
 
     rows: Any
     of_step: Callable[..., Any]
     of_heldout: Callable[..., Batch]
-
-
-BATCHES = {
-    Stage.contrastive: (_contrastive_step, prompt_batch),
-    Stage.sft: (_sft_step, pair_batch),
-}
 
 
 class SafetyData(LightningDataModule):

@@ -43,12 +43,7 @@ class PairMetrics(torch.nn.ModuleDict):
         self.margin, self.suffix = margin, suffix
 
     def add(
-        self,
-        features: Tensor,
-        labels: Tensor,
-        circle: Tensor,
-        floor: Tensor,
-        counts: bool = True,
+        self, features: Tensor, labels: Tensor, circle: Tensor, floor: Tensor, counts: bool = True
     ) -> None:
         """One batch; without weight where another rank `counts` the same rows."""
         batch = torch.tensor(len(labels), device=features.device)
