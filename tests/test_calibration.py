@@ -30,6 +30,7 @@ from dcr.core.sources import Example, read
 from dcr.extensions import EvalSettings
 from dcr.frontier import answers as frontier
 from dcr.report import building
+from dcr.results.file import stored_answers
 from tests import test_eval, tiny_run
 from tests.shapes import greedy, next_logits
 
@@ -380,7 +381,7 @@ def test_steered_answers_are_calibrated_under_their_edit(tmp_path: Path) -> None
     assert counts["refused"] >= 13
     assert counts["plain"] < counts["refused"]
     (file,) = run.folder.glob("eval/*/same.jsonl")
-    said = [answer.response for answer in generation.stored(file).values()]
+    said = [answer.response for answer in stored_answers(file).values()]
     assert sum(text in ("I", "N", "A", "M", "S", "U") for text in said) == counts["refused"]
 
 

@@ -14,7 +14,7 @@ from test_prompts import formatted, tokenizer
 
 from dcr import eval as eval_entry
 from dcr import train
-from dcr.core import data, generation, models, prompts, sources
+from dcr.core import data, models, prompts, sources
 from dcr.core.config import ConfigError, DataError, Kind
 from dcr.core.config.evaluation import GenConfig
 from dcr.core.config.training import Pooling
@@ -36,6 +36,7 @@ from dcr.judges import served
 from dcr.label import sheets
 from dcr.outcomes import outcome
 from dcr.report import __main__ as report
+from dcr.results.file import stored_answers
 from tests import tiny_run
 from tests.servers.scripted import Body, scripted
 from tests.tiny_run import write_jsonl
@@ -380,7 +381,7 @@ def test_from_a_file_of_conversations_to_every_result(tmp_path: Path) -> None:
     settings, _ = resolved(*asked)
     eval_entry.evaluate(settings, run)
     (file,) = run.folder.glob("eval/*/held.jsonl")
-    stored = generation.stored(file)
+    stored = stored_answers(file)
     assert {name: row.prompt for name, row in stored.items()} == {
         "many": PROMPT,
         "one": transcript(PROMPT),

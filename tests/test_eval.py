@@ -15,13 +15,14 @@ from transformers import AutoModelForCausalLM
 
 from dcr import cli, keywords
 from dcr import eval as eval_entry
-from dcr.core import generation, models, refusal, storage
+from dcr.core import models, refusal, storage
 from dcr.core.config import ConfigError, DataError, Precision, SourcesByKind, UserError
 from dcr.core.evaluation import metrics, subjects
 from dcr.core.runs import Run
 from dcr.extensions import EvalSettings
 from dcr.judges import pairwise
 from dcr.report import __main__ as report
+from dcr.results.file import stored_answers
 from dcr.steering import methods
 from dcr.steering import prompts as steering_prompts
 from tests import tiny_run
@@ -96,7 +97,7 @@ def test_discernment_reads_each_prompt_once_and_generates_nothing(
     masses = {
         row.id + name: row.refusal_mass
         for name in ("toxic", "seemingly_toxic")
-        for row in generation.stored(folder / f"{name}.jsonl").values()
+        for row in stored_answers(folder / f"{name}.jsonl").values()
     }
     settings, _ = resolved(*common, "tasks=[discernment]")
 
@@ -277,7 +278,7 @@ def test_the_reference_of_alpaca_eval_answers_plainly(
     eval_entry.evaluate(settings, run)
     plain, _ = resolved(*common)
     own, other = (
-        generation.stored(answers_of(one, run) / f"{asked.stem}.jsonl") for one in (settings, plain)
+        stored_answers(answers_of(one, run) / f"{asked.stem}.jsonl") for one in (settings, plain)
     )
     assert len(own) == len(other) == len(compared) == 4
     for pair in compared:

@@ -31,6 +31,7 @@ from dcr.endpoints import HTTPConfig, ServerConfig, subject
 from dcr.endpoints.answers import Failure, Reply
 from dcr.fast import cache
 from dcr.fast import passes as fast
+from dcr.results.file import stored_answers
 from dcr.steering.edits import Edit, edited
 from dcr.steering.surgical import last_log_p
 from dcr.steering.vectors import read_states
@@ -748,4 +749,4 @@ def test_the_later_of_two_answers_counts(tmp_path: Path) -> None:
     new = Completion("i", "new prompt", "new", 1, True, 0.5)
     storage.append_lines(file, [old])
     storage.append_lines(file, [new])
-    assert generation.stored(file) == {"i": new}
+    assert stored_answers(file) == {"i": new}

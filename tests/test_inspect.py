@@ -12,10 +12,11 @@ from test_report import make_eval, make_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dcr import inspect
-from dcr.core import generation, storage
+from dcr.core import storage
 from dcr.core.text import conversation
 from dcr.judges.verdicts import Verdict, answer_fingerprint
 from dcr.report.records import read_run
+from dcr.results.file import stored_answers
 from tests.shapes import next_logits
 from tests.tiny_run import write_jsonl
 
@@ -27,7 +28,7 @@ def run(tmp_path: Path) -> Path:
     """Answers to two sets, with a judge of two labels and one of its own."""
     made = make_run(tmp_path / "run")
     place = make_eval(made, {"a": "rccr", "unsafe": "rre"})
-    rows = [*generation.stored(place / "unsafe.jsonl").values()]
+    rows = [*stored_answers(place / "unsafe.jsonl").values()]
     said = [(row.id, answer_fingerprint(row)) for row in rows]
     guard = [
         Verdict(said[0][0], said[0][1], "ok", compliance="refused", safety="safe"),

@@ -1,15 +1,13 @@
 """Greedy answers of a model on this machine: longest prompts first, as many as memory holds.
 
-They are stored in files of one JSON object a line, which are only appended to. Rows that have ended
-leave the batch where only keys and values are kept of them; transformers' `generate` keeps them
-until the longest answer ends.
+Rows that have ended leave the batch where only keys and values are kept of them; transformers'
+`generate` keeps them until the longest answer ends.
 """
 
-import inspect
 import itertools
 import logging
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +21,7 @@ from torch import Tensor
 from transformers import SequenceBiasLogitsProcessor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from dcr.core import machine, passes, storage, thoughts
+from dcr.core import machine, passes, thoughts
 from dcr.core.config import ConfigError, DataError
 from dcr.core.config.evaluation import GenConfig
 from dcr.core.machine import padded
@@ -37,7 +35,6 @@ log = logging.getLogger(__name__)
 SHARE = 0.8  # of the free memory; fragments and uncounted tensors take the rest
 MOST = {"cuda": 512, "cpu": 64}  # more prompts at once take longer and decode no faster
 ENDED = 1 / 8  # share of ended rows from which a copy of the others' cache is worth its cost
-KEYS, STATE = passes.CACHES  # arguments by which a model takes keys and values, or a state
 
 Row = TypeVar("Row")
 Done = TypeVar("Done")
@@ -202,14 +199,6 @@ def text(chat: ChatFormat, answer: Sequence[int]) -> str:
     return words.strip()
 
 
-def stored(path: Path) -> dict[str, Completion]:
-    """The completions in a file, by id; a line torn by a kill is left out.
-
-    Raises DataError, naming the line, for any other line that is no completion.
-    """
-    return {row.id: row for row in storage.read_lines(path, Completion)}
-
-
 # --- one batch ------------------------------------------------------------------------------------
 
 
@@ -288,9 +277,8 @@ def decoded(
             streamer=streamer, scored=scored,
         )  # fmt: skip
         return _in_groups(groups, readings, answer)
-    taken = inspect.signature(unwrapped(policy.model).forward).parameters.keys()
     with torch.inference_mode(), passes.current().decoding(policy.model) as cache:
-        contexts = [_read(policy, taken, prompts, cache) for prompts, _ in readings]
+        contexts = [_read(policy, prompts, cache) for prompts, _ in readings]
         ends = [end for _, end in readings]  # of those that are still read
         answers: list[list[int]] = [[] for _ in readings[0][0]]
         rows = list(range(len(answers)))  # those in the batch
@@ -320,7 +308,7 @@ def decoded(
                 newest = newest[places]
                 contexts = [_selected(context, places) for context in contexts]
                 passes.keep_rows(policy.model, places)
-            contexts = [_stepped(policy, taken, context, newest) for context in contexts]
+            contexts = [_stepped(policy, context, newest) for context in contexts]
             scores = logits(contexts)
         if streamer is not None:
             streamer.end()
@@ -363,25 +351,22 @@ def _may_leave(policy: Policy, contexts: Sequence[Context]) -> bool:
 
 
 def _read(
-    policy: Policy,
-    taken: Collection[str],
-    prompts: Sequence[Sequence[int]],
-    cache: Callable[[], DynamicCache | None],
+    policy: Policy, prompts: Sequence[Sequence[int]], cache: Callable[[], DynamicCache | None]
 ) -> Context:
-    model, keep = policy.model, KEYS in taken or STATE in taken
+    model = policy.model
+    keep = not passes.parameters(model).isdisjoint(passes.CACHES)
     read = passes.current().read(model, prompts, keep=keep, cache=cache() if keep else None)
     ids = padded(prompts, 0, left=True).to(model.device)
     return Context(ids, read.mask.bool(), read.cache, read.logits[:, -1].float())
 
 
-def _stepped(
-    policy: Policy, taken: Collection[str], context: Context, newest: Int[Tensor, "rows"]
-) -> Context:
+def _stepped(policy: Policy, context: Context, newest: Int[Tensor, "rows"]) -> Context:
     """The context once its newest token has passed through the model."""
+    taken = passes.parameters(policy.model)
     ids = torch.cat([context.ids, newest[:, None]], 1)
     mask = torch.cat([context.mask, torch.ones_like(context.mask[:, :1])], 1)
     new = ids if context.cache is None else newest[:, None]
-    state = context.cache is not None and KEYS not in taken
+    state = context.cache is not None and passes.CACHES[0] not in taken
     seen = mask[:, -1:] if state else mask  # a state knows of no padding before its newest token
     places = passes.positions(mask)[:, -new.shape[1] :]
     options = {"logits_to_keep": 1} if "logits_to_keep" in taken else {}

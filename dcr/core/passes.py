@@ -26,7 +26,7 @@ from dcr.core.models.structure import unwrapped
 MASKABLE = {"sdpa", "eager"}  # attention that adds any mask
 WINDOWED = {"sliding_attention", "chunked_attention"}
 WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
-CACHES = ("past_key_values", "cache_params")
+CACHES = ("past_key_values", "cache_params")  # arguments for keys and values, or for a state
 # by one of these functions a model's code keeps padding out of its states
 MASKING = {"apply_mask_to_padding_states", "create_recurrent_attention_mask"}
 
@@ -152,7 +152,7 @@ def prefilled(
 ) -> Prefilled:
     """Reads the last tokens of prompts, `ids` padded on the left, behind a cache's tokens."""
     options: dict[str, int] = {"use_cache": keep or cache is not None}
-    if "logits_to_keep" in _parameters(model):
+    if "logits_to_keep" in parameters(model):
         options["logits_to_keep"] = 1
     places = positions(mask)[:, -ids.shape[1] :]
     output = forward(model, ids, mask, places, cache, options)
@@ -179,7 +179,7 @@ def obstacle(model: Any, tokens: int) -> str | None:
         return "not all of its layers are attention over all keys"
     if text._attn_implementation not in MASKABLE:
         return f"its attention is {text._attn_implementation}"
-    if "position_ids" not in _parameters(model) or getattr(text, "alibi", False):
+    if "position_ids" not in parameters(model) or getattr(text, "alibi", False):
         return "its positions cannot be set"
     kinds = getattr(text, "layer_types", None)
     windows = [getattr(text, name, None) for name in WINDOWS]
@@ -193,7 +193,7 @@ def recurrent(model: Any) -> bool:
     """Whether some layer keeps a state instead of keys, which would absorb padding."""
     kinds = set(getattr(text_config(model), "layer_types", None) or ())
     stateful = getattr(unwrapped(model), "_is_stateful", False)
-    keyless = CACHES[0] not in _parameters(model)
+    keyless = CACHES[0] not in parameters(model)
     return stateful or bool(kinds - WINDOWED - {"full_attention"}) or keyless
 
 
@@ -215,7 +215,7 @@ def text_config(model: Any) -> Any:
 
 def cache_name(model: Any) -> str:
     """The argument that takes a model's cache. Raises ConfigError if the model keeps none."""
-    name = next((name for name in CACHES if name in _parameters(model)), None)
+    name = next((name for name in CACHES if name in parameters(model)), None)
     if name is None:
         kind = type(unwrapped(model)).__name__
         raise ConfigError(
@@ -224,5 +224,6 @@ def cache_name(model: Any) -> str:
     return name
 
 
-def _parameters(model: Any) -> set[str]:
+def parameters(model: Any) -> set[str]:
+    """The arguments that a model's `forward` takes."""
     return set(inspect.signature(unwrapped(model).forward).parameters)

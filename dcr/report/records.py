@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from dcr import keywords, results
-from dcr.core import config, generation, runs, storage
+from dcr.core import config, runs, storage
 from dcr.core.config import Kind, UserError
 from dcr.core.evaluation.subjects import Opening
 from dcr.core.generation import Completion
 from dcr.core.runs import Run
 from dcr.ending import printable
+from dcr.results.file import stored_answers
 from dcr.results.frame import rows_of, trained_on
 from dcr.results.schema import Metrics
 
@@ -66,8 +67,8 @@ class Evaluation(Metrics):
 
     def answers(self, name: str) -> list[Completion]:
         """The stored answers that it counts of a set. DataError for a damaged line."""
-        stored = generation.stored(self.folder / f"{name}.jsonl")
-        return [stored[each] for each in self.sets[name].ids or stored if each in stored]
+        kept = stored_answers(self.folder / f"{name}.jsonl")
+        return [kept[each] for each in self.sets[name].ids or kept if each in kept]
 
     @cached_property
     def pivot(self) -> dict[tuple[str, str, str], dict[str, Any]]:

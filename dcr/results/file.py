@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dcr.core import generation, storage
+from dcr.core import storage
 from dcr.core.config import Kind
 from dcr.core.evaluation import protocols, scoring, sets
 from dcr.core.evaluation.metrics import LAST, OWN
 from dcr.core.evaluation.protocols import Subject
 from dcr.core.evaluation.sets import PromptSet
+from dcr.core.generation import Completion
 from dcr.results import schema
 
 log = logging.getLogger(__name__)
@@ -95,12 +96,20 @@ class MetricsFile(protocols.MetricsFile):
         """Discernment over sets of several commands, by their stored answers."""
         masses: dict[str, dict[str, float]] = {}
         for name, of in counts.items():
-            stored = generation.stored(self.folder / f"{name}.jsonl")
-            rows = [stored[i] for i in of.get("ids") or stored if i in stored]
+            kept = stored_answers(self.folder / f"{name}.jsonl")
+            rows = [kept[i] for i in of.get("ids") or kept if i in kept]
             masses[name] = {row.id: m for row in rows if (m := row.refusal_mass) is not None}
         there = [PromptSet(name, Kind(of["kind"]), []) for name, of in counts.items()]
         trained_on = self.subject.run.record().get("in_distribution", [])
         return scoring.discernment(there, masses, trained_on, self.subject.settings.seed)
+
+
+def stored_answers(path: Path) -> dict[str, Completion]:
+    """The completions in a file, by id; a line torn by a kill is left out.
+
+    Raises DataError, naming the line, for any other line that is no completion.
+    """
+    return {row.id: row for row in storage.read_lines(path, Completion)}
 
 
 def _decided_by(metrics: Mapping[str, Any]) -> dict[str, Any]:
