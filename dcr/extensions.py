@@ -189,6 +189,7 @@ class TrainSettings(TrainConfig):
         best_layer="dcr.choice.transfer:best_layer",
         watching="dcr.tracking.costs:watching",
         showing="dcr.wandb_run:showing",
+        stopping="dcr.stopping:WithinStep",
         sharding="dcr.sharding:Shards",
         relations=(tracking.relations, wandb_run.relations),
     )

@@ -31,6 +31,7 @@ from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
 from dcr.core.storage import Lease
 from dcr.core.training import callbacks, resuming
+from dcr.core.training.callbacks import RunLogger
 from dcr.core.training.contrastive import ContrastiveModule
 from dcr.core.training.sft import SFTModule
 
@@ -46,6 +47,9 @@ FindLayer = Callable[[TrainConfig], int]
 # Makes the callbacks that measure while a stage of so many steps trains, called before ours.
 Watched = Callable[[Run, Stage, Policy, ChatFormat, int], list[Callback]]
 Watch = Callable[[TrainConfig], Watched]
+# Makes a callback that ends training within a step for what the last callback, `Checkpoints`, has
+# received.
+Stop = Callable[[], Callback]
 # Opens loggers for the stages of a run, and gives them with a function that is told of each result.
 Show = Callable[
     [TrainConfig, Run], AbstractContextManager[tuple[list[Logger], Callable[[str], None] | None]]
@@ -332,11 +336,13 @@ def lightning_trainer(
     module: resuming.ResumableModule,
     precision: Precision,
     *,
+    callbacks: Sequence[Callback],
     loggers: Sequence[Logger] = (),
     **more: Any,
 ) -> Trainer:
     """Lightning's Trainer with what all training has in common, whose logs are under `name`."""
     options = settings.trainer
+    stop: Stop | None = extending.ours(settings.table.stopping)
     plugins: list[Any] = [resuming.VerifiedCheckpointIO(module)]
     if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
         # as Lightning would choose, without requeueing, whose checkpoint can fall into the middle
@@ -347,7 +353,8 @@ def lightning_trainer(
         devices=options.devices,
         num_nodes=options.num_nodes,
         precision=LIGHTNING_PRECISION[precision],  # pyright: ignore[reportArgumentType]
-        logger=[callbacks.RunLogger(run, name), *loggers],
+        callbacks=[*([stop()] if stop else []), *callbacks],
+        logger=[RunLogger(run, name), *loggers],
         plugins=plugins,
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -28,13 +28,11 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils.hooks import RemovableHandle
 from torchmetrics import MeanMetric
 
 from dcr.core import extending, machine, storage
 from dcr.core.config import Precision, UserError
 from dcr.core.config.training import Moments, Schedule
-from dcr.core.models import structure
 from dcr.core.models.training import gathered
 
 log = logging.getLogger(__name__)
@@ -154,7 +152,7 @@ class ResumableModule(LightningModule):
 
     def keep_metrics_in_checkpoints(self) -> None:
         """An epoch resumed in its middle still reports the mean over all of its steps."""
-        for _, metric in self._metrics():
+        for _, metric in self.means():
             metric.persistent(True)
 
     def configure_model(self) -> None:
@@ -173,7 +171,7 @@ class ResumableModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trainable = self._trainable_names()
         with ExitStack() as stack:
-            for _, metric in self._metrics():
+            for _, metric in self.means():
                 stack.enter_context(metric.sync_context())  # the sums of all ranks, not of one
             state = self.state_dict()
         for name in trainable:
@@ -193,12 +191,12 @@ class ResumableModule(LightningModule):
     def _trainable_names(self) -> set[str]:
         return {name for name, weight in self.named_parameters() if weight.requires_grad}
 
-    def _metrics(self) -> list[tuple[str, MeanMetric]]:
+    def means(self) -> list[tuple[str, MeanMetric]]:
         """All but those that keep every held-out row, of which there is none at a checkpoint."""
         return [(name, m) for name, m in self.named_modules() if isinstance(m, MeanMetric)]
 
     def _metric_names(self, state: Mapping[str, Any]) -> set[str]:
-        prefixes = tuple(f"{name}." for name, _ in self._metrics())
+        prefixes = tuple(f"{name}." for name, _ in self.means())
         return {name for name in state if name.startswith(prefixes)}
 
     def _where(self, rows: tuple[str, ...] = ()) -> str:
@@ -402,9 +400,7 @@ class Checkpoints(Callback):
 
     The step that ends an epoch gets its checkpoint only once validation is over and the epoch's
     means are logged, which is when the next epoch starts: Lightning would do neither on resuming.
-    A signal stops training at the next block of the model, forwards or backwards: a step is left
-    unfinished, with a checkpoint of the one before it, and so is a validation, without one. Only
-    several ranks, of which none may leave the others waiting, go on to the end of either.
+    A signal ends training behind the step or the validation that it came in, with a checkpoint.
     """
 
     def __init__(self, folder: Path, every: int) -> None:
@@ -412,16 +408,10 @@ class Checkpoints(Callback):
         self.written = 0  # the newest step that has a checkpoint
         self.received: int | None = None
         self.stopping = False  # agreed upon by all ranks
-        self.begun: int | None = None  # steps that were done when this one was begun
-        self.means: list[dict[str, Tensor]] = []  # of the epoch, at that time
-        self.unfinished = False  # whether a step was left so
-        self.watched: list[RemovableHandle] = []
         self.handlers: Mapping[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.written = trainer.global_step
-        if ranks() == 1:
-            self._watch(trainer, structure.decoder_blocks(pl_module.model))
         if threading.current_thread() is threading.main_thread():
             # set here, after Lightning has set its own
             self.handlers = {number: signal.signal(number, self._receive) for number in SIGNALS}
@@ -435,43 +425,27 @@ class Checkpoints(Callback):
             raise Interrupted(number, " a second time, without another checkpoint")
         self.received = self.received or number
 
-    def _watch(self, trainer: Trainer, blocks: torch.nn.ModuleList) -> None:
-        def obey(*_: Any) -> None:
-            if self.received is not None:
-                self.unfinished = self.begun == trainer.global_step
-                raise Interrupted(self.received)
-
-        # no method: what measures on a copy of the model would copy this callback with it
-        def enter(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            obey()
-            hidden = args[0] if args else kwargs["hidden_states"]
-            if hidden.requires_grad:
-                hidden.register_hook(obey)  # when its gradient is there
-
-        self.watched = [b.register_forward_pre_hook(enter, with_kwargs=True) for b in blocks]
-
     def on_train_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         if not trainer.is_last_batch:
-            self._save(trainer, due=trainer.global_step % self.every == 0)
+            self.save(trainer, due=trainer.global_step % self.every == 0)
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
-    ) -> None:
+    def on_train_batch_start(self, *_: Any, **__: Any) -> None:
         self._stop()  # no earlier: only now is the step before in the log
-        metrics = pl_module._metrics()  # pyright: ignore[reportCallIssue]
-        self.means = [{n: v.clone() for n, v in m.metric_state.items()} for _, m in metrics]
-        self.begun = trainer.global_step
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._save(trainer, due=True)
+        self.save(trainer, due=True)
         self._stop()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._save(trainer, due=False)  # unless a signal came, the result itself is next
+        self.save(trainer, due=False)  # unless a signal came, the result itself is next
         self._stop()
-        self._restore()
+        self.restore()
 
-    def _save(self, trainer: Trainer, due: bool) -> None:
+    def on_exception(self, *_: Any, **__: Any) -> None:
+        self.restore()
+
+    def save(self, trainer: Trainer, due: bool) -> None:
+        """Write a checkpoint of the steps so far if it is `due` or a signal came."""
         # a signal may have reached some ranks only, and all must write together
         asked = self.received is not None
         self.stopping = trainer.strategy.reduce_boolean_decision(asked, all=False)
@@ -491,29 +465,8 @@ class Checkpoints(Callback):
             for old in whole[:-KEPT]:
                 trainer.strategy.remove_checkpoint(old)
 
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        try:
-            if self.unfinished and isinstance(exception, Interrupted):
-                self._take_back(trainer, pl_module)
-                self._save(trainer, due=True)
-        finally:
-            self._restore()
-
-    def _take_back(self, trainer: Trainer, module: Any) -> None:
-        """Undo the counts of a step that is left unfinished; no weight has moved in it."""
-        progress = trainer.fit_loop.epoch_loop.batch_progress
-        progress.is_last_batch = False
-        for count in (progress.total, progress.current):
-            count.reset_on_restart()
-        for (_, metric), means in zip(module._metrics(), self.means, strict=True):
-            for name, value in means.items():
-                setattr(metric, name, value)
-
-    def _restore(self) -> None:
-        for hook in self.watched:
-            hook.remove()
+    def restore(self) -> None:
+        """Give signals back to whoever had them before training."""
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         self.handlers = {}
