@@ -32,27 +32,13 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Column, Table
 
-from dcr import resolving
+from dcr import ending, resolving
 from dcr.core import config, continuing, storage
 from dcr.core.config import ConfigError, ModelConfig, UserError
 from dcr.core.config.evaluation import EvalConfig
 from dcr.core.config.training import TrainConfig
 from dcr.core.runs import Run
 from dcr.core.text import label_of
-from dcr.ending import (
-    BEGUN,
-    SCHEMAS,
-    SIGNALLED,
-    SafeRecord,
-    fail,
-    faults_in_words,
-    print_traceback,
-    quieten,
-    safe_output,
-    setting_fault,
-    single_line,
-    stopped_by,
-)
 
 log = logging.getLogger(__name__)
 
@@ -75,13 +61,13 @@ SHAPE = ("model_type", "num_hidden_layers", "hidden_size", "vocab_size")
 
 def prepare() -> None:
     """Register schemas and resolvers, and quieten libraries."""
-    _register(*SCHEMAS.items())
+    _register(*ending.SCHEMAS.items())
     # the store hands out copies, so Hydra need not copy it whole for each group it lists
     ConfigStore.__deepcopy__ = lambda store, _: store  # pyright: ignore
     OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
     OmegaConf.register_new_resolver("choice", _choice, replace=True)
-    quieten()
-    logging.setLogRecordFactory(SafeRecord)
+    ending.quieten()
+    logging.setLogRecordFactory(ending.SafeRecord)
 
 
 @functools.cache  # a study composes dozens of settings, and this takes half the time of one
@@ -238,19 +224,19 @@ def job(function: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
     def noted(composed: DictConfig) -> None:
         began, error = time.perf_counter(), None
         overrides = _overrides(HydraConfig.get())
-        BEGUN.append(overrides)
+        ending.BEGUN.append(overrides)
         kept = Exception if _sweeps(here=True) else UserError
         try:
-            with faults_in_words():
+            with ending.faults_in_words():
                 _give_way(composed, overrides)
                 function(composed)
         except kept as caught:
             if _sweeps(here=False):
                 raise
             if not isinstance(caught, UserError):
-                print_traceback(caught)
-            elif caught.exit_code > SIGNALLED:
-                fail(str(caught), caught.exit_code)
+                ending.print_traceback(caught)
+            elif caught.exit_code > ending.SIGNALLED:
+                ending.fail(str(caught), caught.exit_code)
             error = caught
         finally:
             forget_empty(output_folder())
@@ -272,7 +258,7 @@ def run(main: Callable[[], Any]) -> None:
     """Call a Hydra main; a user's error becomes one line on stderr and exit code 2."""
     prepare()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise instead of printing several lines
-    BEGUN.clear()
+    ending.BEGUN.clear()
     OUTCOMES.clear()
     sweep = {"-m", "--multirun"} & set(sys.argv)
     if sweep:
@@ -280,15 +266,15 @@ def run(main: Callable[[], Any]) -> None:
         named = hashlib.sha256(" ".join(sys.argv[1:]).encode()).hexdigest()[:8]
         os.environ.setdefault("DCR_SWEEP", f"sweep-{named}")
     try:
-        with safe_output(), stopped_by(goes_on=True), faults_in_words():
+        with ending.safe_output(), ending.stopped_by(goes_on=True), ending.faults_in_words():
             _check_command_line()
             main()
     except UserError as error:
-        fail(str(error), error.exit_code)
+        ending.fail(str(error), error.exit_code)
     except (HydraException, ValueError, TypeError, AttributeError) as error:
-        if BEGUN:
+        if ending.BEGUN:
             raise
-        fail(setting_fault(error), ConfigError.exit_code)
+        ending.fail(ending.setting_fault(error), ConfigError.exit_code)
     finally:
         if sweep:
             _forget_sweep()
@@ -297,7 +283,7 @@ def run(main: Callable[[], Any]) -> None:
         _print_sweep(OUTCOMES)
         sys.exit(1 if failed else 0)
     if failed:
-        fail(str(failed[0].error), getattr(failed[0].error, "exit_code", 1))
+        ending.fail(str(failed[0].error), getattr(failed[0].error, "exit_code", 1))
 
 
 def _forget_sweep() -> None:
@@ -345,11 +331,11 @@ def _print_sweep(outcomes: list[Outcome]) -> None:
     table = Table("job", "minutes", "outcome", Column("folder", overflow="fold"))
     errors: list[str] = []
     for outcome in outcomes:
-        job = single_line(" ".join(o for o in outcome.overrides if o not in shared))
+        job = ending.single_line(" ".join(o for o in outcome.overrides if o not in shared))
         ended = "done" if outcome.error is None else "failed"
         table.add_row(job, f"{outcome.seconds / 60:.1f}", ended, os.path.relpath(outcome.folder))
         if outcome.error is not None:
-            what = single_line(outcome.error) or type(outcome.error).__name__
+            what = ending.single_line(outcome.error) or type(outcome.error).__name__
             errors.append(f"{job}: {what}")
     Console(stderr=True, markup=False, emoji=False).print(table)
     for line in errors:
@@ -387,7 +373,7 @@ def combinations(overrides: Sequence[str]) -> list[list[str]]:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
         (found,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
     except (HydraException, ValueError) as error:
-        raise ConfigError(resolving.one_line(error, *SCHEMAS.values())) from error
+        raise ConfigError(resolving.one_line(error, *ending.SCHEMAS.values())) from error
     return found
 
 
@@ -404,7 +390,7 @@ def compose(script: str, overrides: Sequence[str], *own: type) -> DictConfig:
         with initialize_config_dir(version_base="1.3", config_dir=str(config.CONF)):
             composed = hydra.compose(script, list(overrides))
     except (HydraException, ValueError, AttributeError) as error:
-        raise ConfigError(resolving.one_line(error, SCHEMAS[script], *own)) from error
+        raise ConfigError(resolving.one_line(error, ending.SCHEMAS[script], *own)) from error
     _give_way(composed, overrides)
     return composed
 

@@ -14,15 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dcr.ending import encodable
-from dcr.endpoints import ServerConfig
-from dcr.endpoints.servers import (
-    EndpointError,
-    address,
-    redacted,
-    sent_parameters,
-    setting,
-    variable,
-)
+from dcr.endpoints import ServerConfig, servers
+from dcr.endpoints.servers import EndpointError
 
 JSON = Any  # a result of json.loads
 Message = Mapping[str, str]  # role and content
@@ -194,13 +187,13 @@ def judged(rejected: Rejection, server: ServerConfig, node: str) -> Failure:
 
     Raises EndpointError, which names setting and cure, if every request would end the same way.
     """
-    words = redacted(rejected.message, server)
+    words = servers.redacted(rejected.message, server)
     reason = f"HTTP {rejected.status}: {words}"
-    key = f"{setting(node, 'key')}={variable(server) or 'null'}"
+    key = f"{servers.setting(node, 'key')}={servers.variable(server) or 'null'}"
     if rejected.code in NO_QUOTA or rejected.status == 402:
         raise EndpointError(
             f"{key}: the account behind this key has no quota left ({words}); add credit, or name "
-            f"another server with {setting(node, 'url')}"
+            f"another server with {servers.setting(node, 'url')}"
         )
     if rejected.status in PASSING or rejected.status >= 500:
         return Failure("error", reason)
@@ -215,18 +208,18 @@ def judged(rejected: Rejection, server: ServerConfig, node: str) -> Failure:
 
 def _raise_if_hopeless(rejected: Rejection, words: str, server: ServerConfig, node: str) -> None:
     """Raises EndpointError for a redirect, or a refused key, model, address or parameter."""
-    where = address(server)
+    where = servers.address(server)
     if 300 <= rejected.status < 400:
-        target = redacted(rejected.target, server) or "nowhere"
+        target = servers.redacted(rejected.target, server) or "nowhere"
         raise EndpointError(
-            f"{setting(node, 'url')}={where}: redirects to {target} (HTTP "
+            f"{servers.setting(node, 'url')}={where}: redirects to {target} (HTTP "
             f"{rejected.status}), which is not followed; give the address that answers itself"
         )
-    key = f"{setting(node, 'key')}={variable(server) or 'null'}"
-    model = setting(node, "model")
+    key = f"{servers.setting(node, 'key')}={servers.variable(server) or 'null'}"
+    model = servers.setting(node, "model")
     if rejected.status == 401:
         says, cure = "does not take this", "export the right one"
-        if variable(server) is None:
+        if servers.variable(server) is None:
             says, cure = "wants a", "name the environment variable that holds it"
         raise EndpointError(f"{key}: {where} {says} key ({words}); {cure}")
     if rejected.status == 403:
@@ -242,15 +235,15 @@ def _raise_if_hopeless(rejected: Rejection, words: str, server: ServerConfig, no
         )
     if rejected.status in (404, 405):
         raise EndpointError(
-            f"{setting(node, 'url')}={where}: nothing answers requests there ({words}); give the "
-            "address that a client would be given, usually ending in /v1"
+            f"{servers.setting(node, 'url')}={where}: nothing answers requests there ({words}); "
+            "give the address that a client would be given, usually ending in /v1"
         )
-    blamed = _blamed(rejected, sent_parameters(server))
+    blamed = _blamed(rejected, servers.sent_parameters(server))
     if blamed in server.parameters:
-        name = f"{setting(node, 'parameters')}.{blamed}"
+        name = f"{servers.setting(node, 'parameters')}.{blamed}"
         raise EndpointError(
             f"{name}: {where} does not take it ({words}); leave it out with {name}=null, and add "
-            f"another with +{setting(node, 'parameters')}.<name>=<value>"
+            f"another with +{servers.setting(node, 'parameters')}.<name>=<value>"
         )
     if blamed:
         raise EndpointError(

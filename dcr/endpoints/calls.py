@@ -22,17 +22,9 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from dcr.core import storage
-from dcr.endpoints import HTTPConfig, ServerConfig, answers
+from dcr.endpoints import HTTPConfig, ServerConfig, answers, servers
 from dcr.endpoints.answers import Failure, Message, Moderation, Rejection, Reply, judged, rejection
-from dcr.endpoints.servers import (
-    NO_KEY,
-    EndpointError,
-    address,
-    check,
-    key_of,
-    redacted,
-    sent_parameters,
-)
+from dcr.endpoints.servers import EndpointError
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -69,7 +61,7 @@ def chats(
         raw = await client.chat.completions.with_raw_response.create(
             model=server.model,
             messages=cast(Any, [dict(message) for message in conversations[index]]),
-            extra_body=sent_parameters(server),
+            extra_body=servers.sent_parameters(server),
         )
         return raw.content
 
@@ -83,7 +75,7 @@ def moderations(
 
     async def ask(client: "AsyncOpenAI", index: int) -> bytes:
         raw = await client.moderations.with_raw_response.create(
-            model=server.model, input=texts[index], extra_body=sent_parameters(server)
+            model=server.model, input=texts[index], extra_body=servers.sent_parameters(server)
         )
         return raw.content
 
@@ -98,7 +90,7 @@ def _arrivals(
     ask: Callable[["AsyncOpenAI", int], Awaitable[bytes]],
     read: Callable[[Any], Answer | Failure],
 ) -> Arrivals[Answer]:
-    check(server, node)  # a user's own judge may not have asked, and a key leaves from here
+    servers.check(server, node)  # a user's own judge may not have asked, and a key leaves from here
     if not requests:
         return
     waiting = iter(range(requests))
@@ -144,8 +136,8 @@ def _connected(
     for name in ("httpx", "httpx2", "openai"):  # a line per request would hide everything else
         logging.getLogger(name).setLevel(logging.WARNING)
     client = AsyncOpenAI(
-        api_key=key_of(server) or NO_KEY,
-        base_url=address(server),
+        api_key=servers.key_of(server) or servers.NO_KEY,
+        base_url=servers.address(server),
         max_retries=http.retries,
         timeout=http.timeout,
         # a redirect may turn a POST into a GET, and sends prompts to an address nobody named
@@ -184,7 +176,7 @@ async def _answer(
             received = rejection(error.status_code, error.body, error.response.headers)
         except APIConnectionError as error:
             cause = error.__cause__ or error
-            reason = redacted(f"{type(cause).__name__}: {cause}", server)
+            reason = servers.redacted(f"{type(cause).__name__}: {cause}", server)
             return Failure("error", f"connection failed: {reason}")
         if isinstance(received, Rejection):
             # outside an except clause, or the client's exception, with the request and its key,
@@ -198,10 +190,10 @@ async def _answer(
             continue
         answered = read(body)
         if isinstance(answered, Failure):
-            return Failure(answered.status, redacted(answered.reason, server))
+            return Failure(answered.status, servers.redacted(answered.reason, server))
         return answered
     start = received[:60].decode(errors="replace")
-    return Failure("invalid", redacted(f"the answer is not JSON: {start!r}", server))
+    return Failure("invalid", servers.redacted(f"the answer is not JSON: {start!r}", server))
 
 
 def put_in_order(file: Path, schema: type[Any], ids: Sequence[str]) -> None:

@@ -4,26 +4,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from dcr.core.config import Kind
+from dcr.report import grids
 from dcr.report.columns import Column
-from dcr.report.grids import (
-    FAILED,
-    NAMES,
-    OUTCOME,
-    WANTED,
-    Block,
-    Cell,
-    Grid,
-    Row,
-    judges_of,
-    plain,
-    rate,
-    rate_rows,
-    rates,
-    rows_by_key,
-    set_names,
-    text_of,
-    words,
-)
+from dcr.report.grids import Block, Cell, Grid, Row
 from dcr.report.records import Evaluation
 from dcr.report.sections import Selection
 from dcr.report.writing import TextTable
@@ -50,20 +33,21 @@ def judged(chosen: Selection) -> Grid:
     """
     columns, blocks = chosen.columns, []
     sets = [counts for column in columns for counts in column.evaluation.sets.values()]
-    judges = judges_of(column.evaluation for column in columns)
+    judges = grids.judges_of(column.evaluation for column in columns)
     for judge, model in judges:
-        if judge == OUTCOME:  # has a section of its own
+        if judge == grids.OUTCOME:  # has a section of its own
             continue
         own = [
-            (kind, label, (), f"Answers to {plain(kind.value)} prompts that are {label} by {{}}, %",
-             f"{label}, {plain(kind.value)}, by {{}}, %")
+            (kind, label, (), f"Answers to {named} prompts that are {label} by {{}}, %",
+             f"{label}, {named}, by {{}}, %")
             for label in dict.fromkeys(
                 label for of in sets if judge in of.judged for label in of.judged[judge].labels
             )
-            for kind in WANTED
+            for kind in grids.WANTED
+            for named in [grids.plain(kind.value)]
         ]  # fmt: skip
         several = sum(other == judge for other, _ in judges) > 1
-        called = NAMES.get(judge, judge)
+        called = grids.NAMES.get(judge, judge)
         for kind, quantity, sums, title, short in (*JUDGED, *own):
             rows = _judged_rows(columns, kind, quantity, sums, (judge, model))
             title = title.format(f"{called} ({model})" if model else called)
@@ -75,24 +59,26 @@ def judged(chosen: Selection) -> Grid:
 def _judged_rows(
     columns: Sequence[Column], kind: Kind, quantity: str, sums: Sequence[str], by: tuple[str, str]
 ) -> list[Row]:
-    names = [n for n in set_names(columns, kind) if any(rates(columns, [n], quantity, *by))]
+    names = [
+        n for n in grids.set_names(columns, kind) if any(grids.rates(columns, [n], quantity, *by))
+    ]
 
     def leniency(column: Column, name: str) -> str:
         partial = column.evaluation.sets[name].judged[by[0]].partial or 0
-        lenient = rate(column.evaluation, [name], "lenient", *by)
-        return f"{partial} partial, lenient {text_of(lenient).split()[0]}"
+        lenient = grids.rate(column.evaluation, [name], "lenient", *by)
+        return f"{partial} partial, lenient {grids.text_of(lenient).split()[0]}"
 
     aside = leniency if quantity == "complied" else lambda *_: ""
-    rows = rate_rows(columns, names, quantity, *by, aside=aside, sums=sums)
+    rows = grids.rate_rows(columns, names, quantity, *by, aside=aside, sums=sums)
     if quantity == "refused":  # the terminal shows only its sums
         return [replace(row, page_only=row.page_only or not row.summary) for row in rows]
 
     def failed(evaluation: Evaluation) -> dict[str, str]:
         counted = [evaluation.pivot.get((label, *by), {}) for label in ("invalid", "error")]
         counts = [sum(of[name]["count"] for name in names if name in of) for of in counted]
-        return {FAILED: "{} / {}".format(*counts)} if counted[0].keys() & set(names) else {}
+        return {grids.FAILED: "{} / {}".format(*counts)} if counted[0].keys() & set(names) else {}
 
-    return rows + rows_by_key(columns, failed, words)
+    return rows + grids.rows_by_key(columns, failed, grids.words)
 
 
 def agreement(chosen: Selection) -> Grid:
@@ -100,12 +86,12 @@ def agreement(chosen: Selection) -> Grid:
 
     def defined(evaluation: Evaluation) -> dict[str, Agreement]:
         pairs = [pair for pair in evaluation.agreement if pair.kappa is not None]
-        return {f"{' / '.join(p.judges)}, {plain(p.kind)}": p for p in pairs}
+        return {f"{' / '.join(p.judges)}, {grids.plain(p.kind)}": p for p in pairs}
 
     def cell(pair: Agreement) -> Cell:
         return Cell(pair.kappa or 0.0, percent=False, aside=f"n = {pair.n}")
 
-    rows = rows_by_key(chosen.columns, defined, cell)
+    rows = grids.rows_by_key(chosen.columns, defined, cell)
     return Grid.of(chosen.columns, "Agreement of two judges, Cohen's κ", "agreement κ", rows)
 
 
@@ -119,7 +105,7 @@ def confusions(chosen: Selection) -> TextTable | None:
              "A refused, B complied", "both refused", "κ")  # fmt: skip
     rows = [
         (
-            column.name, " / ".join(pair.judges), plain(pair.kind), pair.n,
+            column.name, " / ".join(pair.judges), grids.plain(pair.kind), pair.n,
             *confusion(pair), f"{pair.kappa:.2f}",
         )
         for column in chosen.columns

@@ -8,20 +8,10 @@ from dcr import inference
 from dcr.core import storage
 from dcr.core.config import Kind
 from dcr.core.statistics import Interval
+from dcr.report import grids
 from dcr.report.columns import Column, Group
 from dcr.report.discernment import ranked_sets
-from dcr.report.grids import (
-    IN_DISTRIBUTION,
-    WANTED,
-    Cell,
-    Cells,
-    Row,
-    in_words,
-    of_group,
-    set_names,
-    text_of,
-    together,
-)
+from dcr.report.grids import Cell, Cells, Row
 from dcr.report.records import Completions, flattened
 from dcr.report.sections import Selection
 from dcr.report.tables import EQUAL
@@ -62,7 +52,7 @@ def paired(chosen: Selection) -> TextTable | None:
             quantity = "keyword refusal" if one.kind is Kind.toxic else "compliance"
             numbers = points(one.difference), p_value(one.p), p_value(holm)
             pooled += [len(rows)] * one.pooled
-            rows.append((name, in_words(one.label), quantity, one.n, *numbers))
+            rows.append((name, grids.in_words(one.label), quantity, one.n, *numbers))
     heads = ("runs", "set", "quantity", "prompts", "difference", "p", "p, Holm")
     table = TextTable.of(rows, *heads, notes=notes)
     return table and replace(table, brief=table.frame.iloc[pooled])
@@ -108,9 +98,9 @@ def differing_settings(a: Column, b: Column) -> list[str]:
 def paired_sets(a: Column, b: Column, completions: Completions) -> list[PairedSet]:
     """Each set that both answered, and all that may be pooled, by kind."""
     found = []
-    for kind, wanted in WANTED.items():
-        names = [name for name in set_names([a], kind) if name in b.evaluation.sets]
-        pool, both = together(names), dict[str, list[tuple[bool, bool]]]()
+    for kind, wanted in grids.WANTED.items():
+        names = [name for name in grids.set_names([a], kind) if name in b.evaluation.sets]
+        pool, both = grids.together(names), dict[str, list[tuple[bool, bool]]]()
         for name in names:
             others = {(c.id, c.prompt): c.verdict for c in completions(b.evaluation, name)}
             both[name] = [
@@ -165,17 +155,17 @@ def verdict(columns: Sequence[Column], groups: Sequence[Group], at_safety: Row) 
     for place, column in enumerate(columns):
         group = grouped.get(place)
         name = " ".join(group.label) if group else column.name
-        named[name] = of_group(group, cells) if group else cells[place]
-    known = [f"{name} {text_of(cell)}" for name, cell in named.items() if cell]
+        named[name] = grids.of_group(group, cells) if group else cells[place]
+    known = [f"{name} {grids.text_of(cell)}" for name, cell in named.items() if cell]
     if len(known) > MANY:
         ranked = sorted((cell.estimate, name) for name, cell in named.items() if cell)
-        ends = (f"{name} {text_of(named[name])}" for _, name in (ranked[0], ranked[-1]))
+        ends = (f"{name} {grids.text_of(named[name])}" for _, name in (ranked[0], ranked[-1]))
         known = [f"from {' to '.join(ends)} over {len(known)} columns"]
     lacking = [name for name, cell in named.items() if not cell]
     share = float(at_safety.label.split()[1].strip(","))
     asked = {frozenset(ranked_sets(c)) for c, cell in zip(columns, cells, strict=True) if cell}
     apart = "Not all were asked about the same sets, so these shares do not compare. "
-    where = ", on sets that no column was trained on" * (IN_DISTRIBUTION in at_safety.label)
+    where = ", on sets that no column was trained on" * (grids.IN_DISTRIBUTION in at_safety.label)
     return (
         f"At equal safety (each refuses {share:.0%} of the toxic prompts, by its own threshold) "
         f"the share of seemingly toxic prompts answered is, in %{where}: {' → '.join(known)}"
@@ -193,7 +183,7 @@ def _differing(columns: Sequence[Column], groups: Sequence[Group], cells: Cells)
     differences = {
         " ".join(group.label[:-1]): cell.interval
         for group in groups
-        if group.less and (cell := of_group(group, cells))
+        if group.less and (cell := grids.of_group(group, cells))
     }
     at = {column.name: cell.interval for column, cell in zip(columns, cells, strict=True) if cell}
     for a, b, differing in () if differences else partners(columns):

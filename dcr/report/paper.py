@@ -14,22 +14,9 @@ from dcr.adopting import adopted
 from dcr.core import storage
 from dcr.core.evaluation.sets import PAPER_SAFETY
 from dcr.core.runs import Cost, Run
+from dcr.report import grids
 from dcr.report.columns import FIRST_STAGE_ONLY, METHODS, READOUT, Column, Group
-from dcr.report.grids import (
-    FOOTNOTES,
-    IN_DISTRIBUTION,
-    KEYWORD,
-    NAMES,
-    WANTED,
-    Cell,
-    accuracy,
-    judges_of,
-    of_group,
-    ranked,
-    rate,
-    set_names,
-    together,
-)
+from dcr.report.grids import Cell
 from dcr.report.records import flattened
 from dcr.report.sections import Selection
 from dcr.report.writing import ABSENT, TextTable
@@ -107,7 +94,7 @@ JUDGE_LEGEND = (
 )
 Cells = dict[str, Cell]
 By = tuple[str, str]  # a judge and its model
-BY_KEYWORDS: By = (KEYWORD, "")
+BY_KEYWORDS: By = (grids.KEYWORD, "")
 
 
 @dataclass(frozen=True)
@@ -190,10 +177,12 @@ def table5(chosen: Selection) -> TextTable:
     rows = []
     for column in chosen.columns:
         rows.append(our_row(column, _judged(column, BY_KEYWORDS), "keyword"))
-        for judge, model in judges_of([column.evaluation]):
-            name = NAMES.get(judge, judge)
+        for judge, model in grids.judges_of([column.evaluation]):
+            name = grids.NAMES.get(judge, judge)
             cells = _judged(column, (judge, model))
-            if cells or judge in NAMES:  # outcomes and labels of one's own are other quantities
+            if (
+                cells or judge in grids.NAMES
+            ):  # outcomes and labels of one's own are other quantities
                 rows.append(our_row(column, cells, f"{name}: {model}" if model else name))
     for method, by_column in facts()["table5_judges"]["rows"].items():
         for judge in dict.fromkeys(judge for column in by_column.values() for judge in column):
@@ -268,7 +257,9 @@ def mean_row(group: Group, ours: Sequence[PaperRow]) -> PaperRow:
     """Means over seeds with their standard deviation, or a difference with its interval."""
     first = ours[group.places[0]]
     run = [part for part in group.label[1:] if part != first.model]
-    means = {key: of_group(group, [row.cells.get(key) for row in ours]) for key in first.cells}
+    means = {
+        key: grids.of_group(group, [row.cells.get(key) for row in ours]) for key in first.cells
+    }
     # of the columns that every seed has
     cells = {key: mean for key, mean in means.items() if mean and not mean.aside}
     less = f" − {ours[group.less[0]].method}" if group.less else ""
@@ -284,7 +275,9 @@ def suite(column: Column) -> Cells:
         cells = {k: (by_guard if k in SAFETY else by_keywords).get(k) for k in (*SETS, *SAFETY)}
     for head, (task, metric) in ABILITY.items():
         # a task may have no normalised accuracy
-        cells[head] = accuracy(evaluation, task, metric) or accuracy(evaluation, task, "acc")
+        cells[head] = grids.accuracy(evaluation, task, metric) or grids.accuracy(
+            evaluation, task, "acc"
+        )
     won = evaluation.quality
     if won and won.win_rate is not None:
         reach = NORMAL * (won.standard_error or 0.0)
@@ -309,30 +302,30 @@ def _judged(column: Column, by: By) -> Cells:
     evaluation, cells = column.evaluation, dict[str, Cell | None]()
     for head, names in SETS.items():
         first = [name for name in names if name in evaluation.sets][:1]
-        cells[head] = rate(evaluation, first, "complied", *by)
+        cells[head] = grids.rate(evaluation, first, "complied", *by)
     if by == BY_KEYWORDS:
-        cells["keyword_refusal"] = rate(evaluation, PAPER_SAFETY, "refused", mean=True)
+        cells["keyword_refusal"] = grids.rate(evaluation, PAPER_SAFETY, "refused", mean=True)
     else:
-        cells["Safety"] = rate(evaluation, _safety_sets(column, by), "safe", *by, mean=True)
-        cells["Safety_pooled"] = rate(evaluation, PAPER_SAFETY, "safe", *by, whole=True)
+        cells["Safety"] = grids.rate(evaluation, _safety_sets(column, by), "safe", *by, mean=True)
+        cells["Safety_pooled"] = grids.rate(evaluation, PAPER_SAFETY, "safe", *by, whole=True)
     return {head: cell for head, cell in cells.items() if cell}
 
 
 def _safety_sets(column: Column, by: By) -> list[str]:
     """Selects the paper's five sets that were judged, or evaluated by keywords."""
     quantity = "refused" if by == BY_KEYWORDS else "safe"
-    return [name for name in PAPER_SAFETY if rate(column.evaluation, [name], quantity, *by)]
+    return [name for name in PAPER_SAFETY if grids.rate(column.evaluation, [name], quantity, *by)]
 
 
 def _over_all_sets(column: Column) -> Cells:
     """Compliance and refusal over all sets, and how well the kinds are ranked."""
     cells = {}
-    for kind, quantity in WANTED.items():
-        names = together(set_names([column], kind))
-        if cell := rate(column.evaluation, names, quantity):
+    for kind, quantity in grids.WANTED.items():
+        names = grids.together(grids.set_names([column], kind))
+        if cell := grids.rate(column.evaluation, names, quantity):
             cells[quantity] = cell
     for head, quantity in RANKED.items():
-        if cell := ranked(column.evaluation, quantity):
+        if cell := grids.ranked(column.evaluation, quantity):
             cells[head] = cell
     return cells
 
@@ -368,7 +361,7 @@ def _paper_models(columns: Sequence[Column]) -> list[str]:
 
 def _paper_cells(method: str, values: dict[str, float]) -> Cells:
     """The paper's numbers, marked where training saw the set."""
-    seen = {"XS": IN_DISTRIBUTION} if method in TRAINED_ON_XSTEST else {}
+    seen = {"XS": grids.IN_DISTRIBUTION} if method in TRAINED_ON_XSTEST else {}
     return {key: Cell(v, marks=seen.get(key, ""), percent=False) for key, v in values.items()}
 
 
@@ -393,7 +386,7 @@ def _cited() -> str:
 def mark_notes(rows: Sequence[PaperRow]) -> list[str]:
     """A footnote for each of the daggers that occur."""
     marks = {mark for row in rows for cell in row.cells.values() for mark in cell.marks}
-    return [f"{mark} {text}" for mark, text in FOOTNOTES.items() if mark in marks]
+    return [f"{mark} {text}" for mark, text in grids.FOOTNOTES.items() if mark in marks]
 
 
 def annotator_name(measured: Quality) -> str:
@@ -409,7 +402,7 @@ def suite_notes(columns: Sequence[Column]) -> list[str]:
     notes = _safety_notes(columns)
     for column in columns:
         if (guard := _guard(column)) and guard[0] != GUARDS[0]:
-            notes.append(f"DSR of {column.name} is by {NAMES[guard[0]]}, not Llama Guard.")
+            notes.append(f"DSR of {column.name} is by {grids.NAMES[guard[0]]}, not Llama Guard.")
     if scores := [a for column in columns for a in column.evaluation.ability.values()]:
         shots = " and ".join(map(str, sorted({a.shots for a in scores})))
         cut = " Some tasks were cut to a limit." if any(a.limit is not None for a in scores) else ""

@@ -7,34 +7,10 @@ from dataclasses import replace
 from dcr.core import extending
 from dcr.core.config import Kind
 from dcr.core.evaluation import scoring
-from dcr.report import discernment
+from dcr.report import discernment, grids
 from dcr.report.columns import Column
 from dcr.report.discernment import POOLED, UNMARKED
-from dcr.report.grids import (
-    CONTAMINATED,
-    IN_DISTRIBUTION,
-    INTERVALS,
-    OUTCOME,
-    WANTED,
-    Block,
-    Cell,
-    Cells,
-    Grid,
-    Row,
-    footnotes,
-    in_words,
-    marked_sets,
-    n_of,
-    of_group,
-    rate,
-    rate_rows,
-    rates,
-    rows_by_key,
-    set_names,
-    text_of,
-    together,
-    words,
-)
+from dcr.report.grids import Block, Cell, Cells, Grid, Row
 from dcr.report.sections import Selection
 from dcr.report.writing import TextTable
 
@@ -62,18 +38,18 @@ def results(chosen: Selection) -> Grid:
     """
     columns = chosen.columns
     blocks = [*keyword_blocks(columns), *ranked_blocks(chosen)]
-    notes = [INTERVALS, *discernment.NOTES[:2]]
-    if marked := sorted(map(in_words, marked_sets(columns))):
+    notes = [grids.INTERVALS, *discernment.NOTES[:2]]
+    if marked := sorted(map(grids.in_words, grids.marked_sets(columns))):
         notes.append(
-            f"{IN_DISTRIBUTION} in-distribution: training saw prompts of this set "
+            f"{grids.IN_DISTRIBUTION} in-distribution: training saw prompts of this set "
             f"({'; '.join(marked)}); “unseen groups” are its prompts whose template group training "
             "never saw."
         )
-    if CONTAMINATED in footnotes(blocks):
+    if grids.CONTAMINATED in grids.footnotes(blocks):
         notes.append(
-            f"{CONTAMINATED} contaminated: some prompts of this set stand among the rows trained "
-            "on: the same, nearly the same, or sharing long runs of words (“exact / near / n-gram "
-            "in training”), or steering was made from them (“seen by steering”)."
+            f"{grids.CONTAMINATED} contaminated: some prompts of this set stand among the rows "
+            "trained on: the same, nearly the same, or sharing long runs of words (“exact / near / "
+            "n-gram in training”), or steering was made from them (“seen by steering”)."
         )
     return Grid(columns, blocks, notes)
 
@@ -82,21 +58,23 @@ def keyword_blocks(columns: Sequence[Column], rules: str = "paper") -> list[Bloc
     """The verdicts by some keyword rules, with sets in rows."""
     blocks, judge = [], f"keyword:{rules}"
     for kind, (title, short) in TITLES.items():
-        names = set_names(columns, kind)
-        others = [of for of in ("partial", "complied", "refused") if of != WANTED[kind]]
+        names = grids.set_names(columns, kind)
+        others = [of for of in ("partial", "complied", "refused") if of != grids.WANTED[kind]]
         sums = others if rules != "paper" else ()
-        rows = rate_rows(columns, names, WANTED[kind], judge, aside=_unseen, sums=sums)
-        empty = rates(columns, together(names), "empty", "")
+        rows = grids.rate_rows(columns, names, grids.WANTED[kind], judge, aside=_unseen, sums=sums)
+        empty = grids.rates(columns, grids.together(names), "empty", "")
         if any(cell and cell.estimate for cell in empty):
-            rows.append(Row("empty, all sets", empty, True, aside=n_of(empty)))
+            rows.append(Row("empty, all sets", empty, True, aside=grids.n_of(empty)))
         blocks += [Block(title, short, rows)] if rows else []
     return blocks
 
 
 def _unseen(column: Column, name: str) -> str:
     counts = column.evaluation.sets[name]
-    unseen = counts.unseen and rate(column.evaluation, [name], f"{WANTED[counts.kind]}/unseen")
-    return f"unseen groups, %: {text_of(unseen, 1)} of {unseen.n}" if unseen else ""
+    unseen = counts.unseen and grids.rate(
+        column.evaluation, [name], f"{grids.WANTED[counts.kind]}/unseen"
+    )
+    return f"unseen groups, %: {grids.text_of(unseen, 1)} of {unseen.n}" if unseen else ""
 
 
 def ranked_blocks(chosen: Selection) -> list[Block]:
@@ -107,7 +85,7 @@ def ranked_blocks(chosen: Selection) -> list[Block]:
         cells, summed = tuple(of.get("auroc") for of in values), label in (POOLED, UNMARKED)
         aurocs.append(Row(label, cells, summed, page_only=not summed))
     fairest = by_sets.get(UNMARKED, by_sets.get(POOLED, ()))
-    without = f", without {IN_DISTRIBUTION}" if UNMARKED in by_sets else ""
+    without = f", without {grids.IN_DISTRIBUTION}" if UNMARKED in by_sets else ""
     answered = [
         Row(f"safety {share}{without}", cells, summary=True)
         for share in scoring.SAFETY
@@ -144,7 +122,7 @@ def own_tasks(chosen: Selection) -> Grid:
 
     for name in dict.fromkeys(name for by_name in found for name in by_name):
         made = {f"{of[name].path}, source sha256 {of[name].sha256}" for of in found if name in of}
-        rows = rows_by_key(
+        rows = grids.rows_by_key(
             columns, lambda e, n=name: e.own[n].numbers if n in e.own else {}, cell, " ".join
         )
         blocks += [Block(f"{name} ({'; '.join(sorted(made))})", name, rows)] if rows else []
@@ -166,11 +144,14 @@ def faults(chosen: Selection) -> Grid:
     names = list(dict.fromkeys(name for column in columns for name in column.evaluation.sets))
 
     def counts(over: Sequence[str], fault: str) -> Cells:
-        cells = rates(columns, over, fault, "")
-        return tuple(c and words(f"{round(c.estimate * (c.n or 0))} of {c.n}") for c in cells)
+        cells = grids.rates(columns, over, fault, "")
+        return tuple(c and grids.words(f"{round(c.estimate * (c.n or 0))} of {c.n}") for c in cells)
 
     for fault, label in FAULTS.items():
-        total, by_set = counts(together(names), fault), [counts([name], fault) for name in names]
+        total, by_set = (
+            counts(grids.together(names), fault),
+            [counts([name], fault) for name in names],
+        )
         # only an endpoint leaves prompts unanswered, so the row stands only if there are any
         told = [cell for cells in by_set for cell in cells if cell and cell.text[:2] != "0 "]
         if any(total) and (told or fault != "unanswered"):
@@ -187,7 +168,7 @@ def over_seeds(chosen: Selection) -> Grid:
         for block in chosen.section(name).blocks:
             rows = []
             for row in block.rows:
-                cells = tuple(of_group(group, row.values) for group in chosen.groups)
+                cells = tuple(grids.of_group(group, row.values) for group in chosen.groups)
                 rows += [replace(row, values=cells, aside="")] if any(cells) else []
             blocks += [replace(block, rows=rows)] if rows else []
     return Grid(chosen.groups, blocks)
@@ -213,18 +194,22 @@ def calibrated(chosen: Selection) -> TextTable | None:
             if of.kind is not Kind.toxic or not of.n:
                 continue
             cell = Cell(of.refused / of.n, n=of.n)
-            about = f"{in_words(name)}, chosen on"
+            about = f"{grids.in_words(name)}, chosen on"
             rows.append((column.name, about, *_against(target, cell), "–"))
-        names = set_names([column], Kind.toxic)
+        names = grids.set_names([column], Kind.toxic)
         for label, sets in [*((name, [name]) for name in names), ("all sets", names)]:
-            pooled = together(sets) or sets
-            if (refused := rate(evaluation, pooled, "refused")) is None:
+            pooled = grids.together(sets) or sets
+            if (refused := grids.rate(evaluation, pooled, "refused")) is None:
                 continue
-            told = text_of(rate(evaluation, pooled, "refused", OUTCOME))
-            rows.append((column.name, in_words(label), *_against(target, refused), told))
+            told = grids.text_of(grids.rate(evaluation, pooled, "refused", grids.OUTCOME))
+            rows.append((column.name, grids.in_words(label), *_against(target, refused), told))
     heads = "run", "toxic prompts", "target, %", "refused, %", "off by", "refused by outcome, %"
     return TextTable.of(rows, *heads)
 
 
 def _against(target: float, refused: Cell) -> tuple[str, str, str]:
-    return f"{100 * target:.0f}", text_of(refused), f"{100 * (refused.estimate - target):+.1f}"
+    return (
+        f"{100 * target:.0f}",
+        grids.text_of(refused),
+        f"{100 * (refused.estimate - target):+.1f}",
+    )

@@ -9,21 +9,11 @@ import pandas as pd
 from dcr import inference
 from dcr.core import storage
 from dcr.core.config import Kind, UserError
-from dcr.report import figures
+from dcr.report import figures, grids
 from dcr.report.columns import Column, Style, evaluated, named, style_of
 from dcr.report.curves import SCORE
 from dcr.report.figures import INK, Curve, Drawing, Drawings, Panel, look_of
-from dcr.report.grids import (
-    WANTED,
-    Cell,
-    in_words,
-    marked_sets,
-    ranked,
-    rate,
-    set_names,
-    shared_by_kind,
-    together,
-)
+from dcr.report.grids import Cell
 from dcr.report.records import Evaluation, folders
 from dcr.report.sections import Selection
 
@@ -40,7 +30,9 @@ def points(rates: Sequence[Rates], arms: bool = False) -> pd.DataFrame:
 
 
 def _rates(evaluation: Evaluation, sets: dict[Kind, list[str]]) -> Rates | None:
-    compliance, refusal = (rate(evaluation, sets[kind], WANTED[kind]) for kind in WANTED)
+    compliance, refusal = (
+        grids.rate(evaluation, sets[kind], grids.WANTED[kind]) for kind in grids.WANTED
+    )
     return (compliance, refusal) if compliance and refusal else None
 
 
@@ -54,8 +46,8 @@ def trade_offs(chosen: Selection) -> Drawings:
     Thin lines run through snapshots of stage two, from light (early) to dark (late).
     """
     columns, drawings = chosen.columns, []
-    marked = marked_sets(columns)
-    sets = {kind: together(set_names(columns, kind)) for kind in WANTED}
+    marked = grids.marked_sets(columns)
+    sets = {kind: grids.together(grids.set_names(columns, kind)) for kind in grids.WANTED}
     unmarked = {kind: [name for name in sets[kind] if name not in marked] for kind in sets}
     if all(sets.values()):
         drawings.append(_trade_off(chosen, "tradeoff", "All sets pooled", sets))
@@ -138,17 +130,17 @@ def ablations(chosen: Selection) -> Drawings:
 
 def _ablated(alike: Sequence[tuple[float, Column]]) -> list[Curve]:
     columns = [column for _, column in alike]
-    sets = {kind: together(set_names(columns, kind)) for kind in WANTED}
+    sets = {kind: grids.together(grids.set_names(columns, kind)) for kind in grids.WANTED}
     points = []
     for value, column in alike:
         if rates := _rates(column.evaluation, sets):
-            of = zip(WANTED, rates, strict=True)
+            of = zip(grids.WANTED, rates, strict=True)
             points += [(kind.value, value, 100 * cell.estimate) for kind, cell in of]
-        if auroc := ranked(column.evaluation, "discernment"):
+        if auroc := grids.ranked(column.evaluation, "discernment"):
             points.append(("auroc", value, 100 * auroc.estimate))
     drawn = []
     every = figures.frame(points, "what", "x", "y")
-    for what in (*(kind.value for kind in WANTED), "auroc"):
+    for what in (*(kind.value for kind in grids.WANTED), "auroc"):
         rows = []
         for value, own in every[every.what == what].groupby("x"):
             mean, spread = inference.mean_and_spread([*own["y"]])
@@ -170,7 +162,7 @@ FRONTIER = ("run", "method", "model", "step", *(f"compliance{end}" for end in EN
 def trained_on(evaluations: Iterable[Evaluation], sets: Iterable[Sequence[str]]) -> str:
     """A sentence on the sets among these that training saw; empty without any."""
     seen = {n for e in evaluations for n, of in e.sets.items() if of.in_distribution}
-    known = [in_words(name) for name in dict.fromkeys(chain(*sets)) if name in seen]
+    known = [grids.in_words(name) for name in dict.fromkeys(chain(*sets)) if name in seen]
     return f" Some of these runs were trained on: {'; '.join(known)}." if known else ""
 
 
@@ -183,7 +175,7 @@ def checkpoints(chosen: Selection) -> Drawing:
     cure = SCORE.format(run=folders(runs[:1]))
     if not shown:
         raise UserError(f"figure 4: no scored snapshots in {folders(runs)}; {cure}")
-    sets = shared_by_kind([e for run in shown for e in scored[run.folder]])
+    sets = grids.shared_by_kind([e for run in shown for e in scored[run.folder]])
     if not all(sets.values()):
         raise UserError(
             f"figure 4: the snapshots of {folders(shown)} share no sets of both kinds; {cure}"

@@ -2,20 +2,10 @@
 
 from dcr.core.config import Kind
 from dcr.outcomes import Outcome
-from dcr.report import outcomes
+from dcr.report import grids, outcomes
 from dcr.report.columns import Column
 from dcr.report.figures import Drawings
-from dcr.report.grids import (
-    OUTCOME,
-    Block,
-    Cell,
-    Grid,
-    Row,
-    footnotes,
-    ranked,
-    rate,
-    together,
-)
+from dcr.report.grids import Block, Cell, Grid, Row
 from dcr.report.sections import Selection
 from dcr.robustness import words
 
@@ -42,12 +32,15 @@ def table(chosen: Selection) -> Grid:
         if any(any(row.values) for row in rows):
             blocks.append(Block(title, f"under attack: {short}", rows))
     ordered = [
-        Row(words(a), tuple(ranked(c.evaluation, f"robustness/{a}/discernment") for c in columns))
+        Row(
+            words(a),
+            tuple(grids.ranked(c.evaluation, f"robustness/{a}/discernment") for c in columns),
+        )
         for a in attacks
     ]
     if rows := [row for row in ordered if any(row.values)]:
         blocks.append(Block("Discernment AUROC under attack", "under attack: AUROC", rows))
-    return Grid(columns, blocks, [*map(" ".join, footnotes(blocks).items())])
+    return Grid(columns, blocks, [*map(" ".join, grids.footnotes(blocks).items())])
 
 
 def bars(chosen: Selection) -> Drawings:
@@ -73,8 +66,9 @@ def _shares(column: Column, attack: str, kind: Kind) -> dict[Outcome, Cell]:
     """The share of each outcome over the sets of a kind but those apart; empty without answers."""
     evaluation = column.evaluation
     sets = evaluation.robustness[attack].sets if attack in evaluation.robustness else {}
-    names = together(name for name, counts in sets.items() if counts.kind is kind)
+    names = grids.together(name for name, counts in sets.items() if counts.kind is kind)
     cells = {
-        each: rate(evaluation, names, f"robustness/{attack}/{each}", OUTCOME) for each in Outcome
+        each: grids.rate(evaluation, names, f"robustness/{attack}/{each}", grids.OUTCOME)
+        for each in Outcome
     }
     return {each: cell for each, cell in cells.items() if cell}
