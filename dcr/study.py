@@ -113,6 +113,7 @@ class Part:
     name: str
     done: Callable[[], bool]
     work: Callable[[], object]
+    needed: bool = True  # by the job's parts behind it
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ class Job:
             name += ", calibrated" if settings.calibrate else ""
             done = functools.partial(evaluation_done, settings, self.run)
             work = functools.partial(evaluate, settings, self.run)
-            found.append(Part(self.name, name, done, work))
+            found.append(Part(self.name, name, done, work, needed=False))
         return found
 
 
@@ -355,10 +356,10 @@ def own_files(node: Any) -> list[str]:
 
 
 def carry_out(parts: Sequence[Part]) -> dict[str, str]:
-    """Do the parts that are not done, in order; returns by job why its first failed part failed."""
-    failed: dict[str, str] = {}
+    """Do the parts that are not done, in order; returns by job why parts of it failed."""
+    failed, ended = dict[str, str](), set[str]()
     for place, part in enumerate(parts, start=1):
-        if part.job in failed:
+        if part.job in ended:
             continue
         try:
             with ending.faults_in_words():
@@ -367,8 +368,10 @@ def carry_out(parts: Sequence[Part]) -> dict[str, str]:
                 print(f"[{place}/{len(parts)}] {part.job}: {part.name}", flush=True)
                 in_fork(part.work)
         except UserError as fault:
-            failed[part.job] = single_line(f"{part.name}: {fault}")
-            print(f"failed: {failed[part.job]}", file=sys.stderr, flush=True)
+            why = single_line(f"{part.name}: {fault}")
+            failed[part.job] = "; ".join(filter(None, (failed.get(part.job), why)))
+            ended |= {part.job} if part.needed else set()
+            print(f"failed: {why}", file=sys.stderr, flush=True)
     return failed
 
 

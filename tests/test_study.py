@@ -23,7 +23,7 @@ from dcr import adopting, study
 from dcr import eval as evaluation_script
 from dcr import train as training_script
 from dcr.core import models, prompts
-from dcr.core.config import ConfigError, ModelConfig, Stage
+from dcr.core.config import ConfigError, ModelConfig, Stage, UserError
 from dcr.core.config.training import TrainConfig
 from dcr.core.runs import Run, append_metrics
 from dcr.report import building, paper
@@ -153,6 +153,24 @@ def test_failed_and_killed_jobs_end_alone_and_are_gone_on_with(
     ]
     after = [file.stat().st_mtime_ns for file in sorted(base.run.folder.rglob("*.json*"))]
     assert (before, [len(measured(job.run.folder)) for job in (stl, dcr)]) == (after, [1, 1])
+
+
+def test_an_evaluation_that_fails_leaves_the_job_its_others(tmp_path: Path) -> None:
+    def fails() -> None:
+        raise UserError("the model has 2 blocks")
+
+    def part(job: str, name: str, work: Callable[[], object]) -> study.Part:
+        return study.Part(job, name, lambda: False, work, needed=name == "sft")
+
+    parts = [
+        part("stl", "scans", fails),
+        part("stl", "surgical", (tmp_path / "surgical").touch),
+        part("dcr", "sft", fails),
+        part("dcr", "evaluation", (tmp_path / "untrained").touch),
+    ]
+    said = "the model has 2 blocks"
+    assert study.carry_out(parts) == {"stl": f"scans: {said}", "dcr": f"sft: {said}"}
+    assert [file.name for file in tmp_path.iterdir()] == ["surgical"]
 
 
 def flip_a_byte(file: Path) -> None:
