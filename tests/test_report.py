@@ -336,6 +336,22 @@ def test_a_seed_that_was_evaluated_twice_counts_once(tmp_path: Path) -> None:
     assert [columns(*folders)[place].about("seed") for place in group.places] == ["0", "1"]
 
 
+def test_no_difference_of_two_kinds_of_stl_is_told_both_ways(tmp_path: Path) -> None:
+    read: dict[str, Any] = {"sft": {"readout": {"steps": 120}}}
+    folders = []
+    for seed in (0, 1):
+        for name, method, settings in (
+            ("stl", "stl", {}),
+            ("read", "stl", read),
+            ("dcr", "dcr", {}),
+        ):
+            folders.append(make_run(tmp_path / f"{name}{seed}", method, seed, **settings))
+            weights = "readout" if settings else "sft"
+            make_eval(folders[-1], {"safe": "cr", "unsafe": "rr"}, weights=weights)
+    told = {group.label[0] for group in seed_groups(columns(*folders)) if group.less}
+    assert told == {"STL + readout − STL", "DCR − STL", "DCR − STL + readout"}
+
+
 def test_mean_and_spread_over_seeds(tmp_path: Path) -> None:
     folders = []
     for seed, verdicts in enumerate(("rccc", "rrcc")):

@@ -321,8 +321,10 @@ def seed_groups(columns: Sequence[Column]) -> list[Group]:
         seeds = [columns[i].about("seed") for i in a.places]
         for b in groups:
             other = columns[b.places[0]]  # plain STL with the model, data, seeds and evaluation
+            # two of plain STL differ one way alone: by what a readout adds
+            more = one.method != "stl" or settings != plain or len(one.stages) > len(other.stages)
             if (
-                a is not b
+                more
                 and other.method == "stl"
                 and all(one.about(key) == other.about(key) for key in ("model", "data"))
                 and seeds == [columns[i].about("seed") for i in b.places]
