@@ -18,7 +18,7 @@ from jaxtyping import Float
 from pydantic import FiniteFloat
 from torch import Tensor
 
-from dcr import inference
+from dcr import decoding, inference
 from dcr.core import learning, machine, models, passes, storage
 from dcr.core.config import EMBEDDED_MODEL, ConfigError, ModelConfig, Precision
 from dcr.core.config.evaluation import EvalConfig
@@ -108,7 +108,7 @@ class Relevance(Task):
     ) -> Iterator[list[Score]]:
         """The score of each answer against other `prompts`, drawn by its own."""
         alone: dict[str, float] = {}
-        with passes.current().decoding(policy.model):  # its products without gradient are faster
+        with decoding.caching(policy.model):  # its products without gradient are faster
             for answer in answers:
                 rest = [prompt for prompt in prompts if prompt != answer.prompt]
                 drawn = random.Random(answer.prompt).sample(rest, min(self.others, len(rest)))

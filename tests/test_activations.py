@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dcr import activations
+from dcr import activations, decoding
 from dcr.activations import Site
-from dcr.core import learning, passes
+from dcr.core import learning
 from dcr.core.config import ConfigError, LoraConfig
 from dcr.core.models import structure
 from dcr.steering import edits as editing
@@ -171,7 +171,7 @@ LEFT_MASK = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
 def test_rows_padded_on_the_left_are_edited_as_alone(family: Any) -> None:
     edits = edits_by_row([4, 3])
     with editing.edited(family, edits):
-        assert passes.per_row(family)
+        assert decoding.per_row(family)
         batch = generated(family, LEFT, LEFT_MASK)[1]
     for row, (prompt, start) in enumerate([(LEFT[:1], 4), (LEFT[1:, 2:], 1)]):
         with editing.edited(family, one_of(edits, row, start)):
@@ -248,12 +248,12 @@ def test_a_plan_sees_each_prefill_and_its_own_passes_are_plain(model: Any) -> No
         expected = generated(model, LEFT, LEFT_MASK)[1]
     plain = model(input_ids=LEFT, attention_mask=LEFT_MASK, output_hidden_states=True)
     with editing.edited(model, plan):
-        assert passes.per_row(model)
+        assert decoding.per_row(model)
         found = generated(model, LEFT, LEFT_MASK)[1]
         assert len(seen) == 1  # the passes behind the cache hold no new prompt
         generated(model, LEFT[:1], LEFT_MASK[:1])  # transformers drops a mask of ones
         model(input_ids=LEFT)
-    assert not passes.per_row(model)
+    assert not decoding.per_row(model)
     torch.testing.assert_close(found, expected)
     assert torch.equal(seen[0][0], LEFT)
     masks: list[Any] = [mask for _, mask in seen]
@@ -274,7 +274,7 @@ def test_edits_reach_an_adapted_model(model: Any) -> None:
     for edits in (plan, plan(ROW, None)):
         with editing.edited(adapted, edits):
             found = adapted(input_ids=ROW[None]).logits
-            assert passes.per_row(adapted) is callable(edits)
+            assert decoding.per_row(adapted) is callable(edits)
         assert not torch.equal(found, plain)
     assert torch.equal(adapted(input_ids=ROW[None]).logits, plain)
 
@@ -288,7 +288,7 @@ def test_contexts_nest_but_no_plan_inside_rows(model: Any) -> None:
             assert torch.equal(model(input_ids=ROW[None]).logits, expected)
             with pytest.raises(ValueError, match="another batch"):
                 editing.edited(model, lambda _ids, _mask: []).__enter__()
-        assert not passes.per_row(model)
+        assert not decoding.per_row(model)
 
 
 def test_rows_of_another_batch_are_refused(model: Any) -> None:

@@ -19,8 +19,10 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
+from dcr import decoding
 from dcr.activations import Site
 from dcr.core import generation, machine, models, prompts, storage
+from dcr.core import passes as core_passes
 from dcr.core.config import ConfigError, DataError, Kind, LoraConfig, ModelConfig
 from dcr.core.config.evaluation import GenConfig
 from dcr.core.generation import Completion
@@ -121,6 +123,18 @@ def run(
     return {c.id: c for c in found}
 
 
+def plainly(
+    model: Any, given: list[list[int]], new: int, is_over: Callable[[Sequence[int]], bool]
+) -> list[list[int]]:
+    """The new tokens by the passes of the core alone."""
+    plain = core_passes.Plain()
+    found, first = plain.continued(
+        model, given, new, lambda _, scores: scores, first_token, is_over
+    )
+    assert first.tolist() == [answer[0] for answer in found]
+    return found
+
+
 def by_hand(policy: Policy, prompt: str, new: int = NEW) -> list[int]:
     """Greedy tokens by one forward pass each, until an end token."""
     chat = chat_of(policy)
@@ -192,12 +206,12 @@ def test_each_reading_ends_by_itself(policy: Policy) -> None:
     prompts_read = [[[5, 6, 7]], [[8, 9]], [[5]]]
     read: list[list[int]] = []
 
-    def logits(contexts: Sequence[generation.Context]) -> Tensor:
+    def logits(contexts: Sequence[decoding.Context]) -> Tensor:
         read.append([int(context.ids[0, 0]) for context in contexts])
         return contexts[0].logits
 
-    generation.decoded(
-        policy,
+    decoding.decoded(
+        policy.model,
         [*zip(prompts_read, (math.inf, 1, 3), strict=True)],
         5,
         logits,
@@ -241,15 +255,16 @@ def test_every_family_decodes_as_each_row_alone(family: str, begun: int, policy:
     )
     prompts = [[*alike, *own] for own in prompts]
     assert fast.shared_prefix(model, prompts) == (0 if "gemma" in family else begun)
-    stop, rows = range(0, shapes.VOCABULARY, 6), Policy(model, policy.tokenizer, "tiny")
-    found, first = generation.decoded(
-        rows,
+    stop = range(0, shapes.VOCABULARY, 6)
+    found, first = decoding.decoded(
+        model,
         [(prompts, math.inf)],
         new,
         logits=lambda contexts: contexts[0].logits,
         score=first_token,
         is_over=lambda answer: answer[-1] in stop,
     )
+    assert plainly(model, prompts, new, lambda answer: answer[-1] in stop) == found
     for prompt, answer in zip(prompts, found, strict=True):
         assert answer == greedy(lambda said, p=prompt: next_logits(model, p + said), new, stop)
     assert first[:, 0].tolist() == [answer[0] for answer in found]
@@ -285,8 +300,8 @@ def test_models_of_any_memory_decode_as_transformers_does(
     ids = torch.randint(2, 40, (len(length), length[0]))
     truth, logits = shapes.generated(model, ids, torch.ones_like(ids), 8)
     stop = truth[0][2]
-    found, best = generation.decoded(
-        Policy(model, policy.tokenizer, "tiny"),
+    found, best = decoding.decoded(
+        model,
         [(ids.tolist(), math.inf)],
         8,
         logits=lambda contexts: contexts[0].logits,
@@ -294,6 +309,7 @@ def test_models_of_any_memory_decode_as_transformers_does(
         is_over=lambda answer: answer[-1] == stop,
         scored=3,
     )
+    assert plainly(model, ids.tolist(), 8, lambda answer: answer[-1] == stop) == found
     ends = [row.index(stop) + 1 if stop in row else 8 for row in truth]
     assert found == [row[:end] for row, end in zip(truth, ends, strict=True)]
     known = min(ends[0], 3)
@@ -308,12 +324,11 @@ def test_a_state_absorbs_no_padding(policy: Policy) -> None:
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(0.3 * torch.randn_like(weight))
-    rows = Policy(model, policy.tokenizer, "tiny")
     given = [[7, 8, 9, 3, 2, 5], [4, 6], [9, 9, 9, 4, 3, 7], [5]]
 
     def answered(prompts_given: list[list[int]]) -> tuple[list[list[int]], Tensor]:
-        return generation.decoded(
-            rows,
+        return decoding.decoded(
+            model,
             [(prompts_given, math.inf)],
             5,
             logits=lambda contexts: contexts[0].logits,
@@ -322,6 +337,7 @@ def test_a_state_absorbs_no_padding(policy: Policy) -> None:
         )
 
     found, best = answered(given)
+    assert plainly(model, given, 5, lambda answer: False) == found
     states = read_states(model, given, [[-1]] * 4)
     log_p = last_log_p(model, given)
     for place, ids in enumerate(given):
@@ -403,7 +419,7 @@ def test_rows_that_have_ended_leave_the_batch(
     assert len(passes) == max(map(len, truth.values()))
     for step, rows in enumerate(passes):
         going = sum(len(answer) > step for answer in truth.values())
-        assert going <= rows < going / (1 - generation.ENDED) + 1e-6 or rows == going
+        assert going <= rows < going / (1 - decoding.ENDED) + 1e-6 or rows == going
     assert passes[-1] < passes[0]
 
 
@@ -475,7 +491,7 @@ def test_longest_prompts_come_first(policy: Policy) -> None:
 
 
 def test_a_checkpoints_own_settings_do_not_bend_decoding(
-    policy: Policy, decoded: dict[str, list[int]]
+    policy: Policy, decoded: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Qwen2.5-Instruct ships a repetition penalty, which transformers would apply unasked."""
     run(policy, 3)
@@ -483,6 +499,9 @@ def test_a_checkpoints_own_settings_do_not_bend_decoding(
     bent = policy_of()
     bent.model.generation_config.repetition_penalty = 3.0
     bent.model.generation_config.suppress_tokens = [plain["p0"][0]]
+    run(bent, 3)
+    assert decoded == plain
+    monkeypatch.setattr(core_passes, "_used", [core_passes.Plain()])
     run(bent, 3)
     assert decoded == plain
     assert bent.model.generation_config.repetition_penalty == 3.0  # and they are kept

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, MambaConfig
 
+from dcr import decoding
 from dcr.activations import Site
 from dcr.core import passes
 from dcr.core.config import ConfigError, DataConfig, EvaluationSets, Kind, SourcesByKind, UserError
@@ -150,7 +151,7 @@ def test_a_batch_is_steered_as_each_prompt_alone(deep: Policy) -> None:
     told = settings(strength=3.0, threshold=None, anchors=2)
     found = scans.find(deep, chat, DRAWN, told)
     with editing.edited(deep.model, scans.edits(deep, chat, found, told)):
-        assert passes.per_row(deep.model)
+        assert decoding.per_row(deep.model)
         tokens, logits = answered(deep, chat, texts)
         for i, text in enumerate(texts):
             alone, truth = answered(deep, chat, [text])

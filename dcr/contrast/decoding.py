@@ -31,10 +31,11 @@ from dcr.core.config import ConfigError
 from dcr.core.config.evaluation import EvalConfig
 from dcr.core.evaluation.protocols import Change
 from dcr.core.evaluation.subjects import Local, subjects
-from dcr.core.generation import Context, Encoded, decoded
+from dcr.core.generation import Encoded
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
+from dcr.decoding import Context, decoded
 
 EMPHASIS = (
     "Safety comes before everything else. Before you answer, ask yourself whether the request or "
@@ -188,8 +189,9 @@ def continued(
         plain, *other = (context.logits for context in contexts)
         return contrast.logits(plain, *other) if other else plain
 
+    def is_over(answer: Sequence[int]) -> bool:
+        return answer[-1] in chat.stop
+
     readings = [(prompts, math.inf), (others, contrast.tokens)]
-    answers, scores = decoded(
-        policy, readings, max_new_tokens, logits, score, lambda answer: answer[-1] in chat.stop
-    )
+    answers, scores = decoded(policy.model, readings, max_new_tokens, logits, score, is_over)
     return answers, scores[:, 0]

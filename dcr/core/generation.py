@@ -1,30 +1,25 @@
 """Greedy answers of a model on this machine: longest prompts first, as many as memory holds.
 
-Rows that have ended leave the batch where only keys and values are kept of them; transformers'
-`generate` keeps them until the longest answer ends.
+`passes` decode each batch.
 """
 
 import itertools
 import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import psutil
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from pydantic import FiniteFloat
 from torch import Tensor
 from transformers import SequenceBiasLogitsProcessor
-from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from dcr.core import machine, passes, thoughts
 from dcr.core.config import ConfigError, DataError
 from dcr.core.config.evaluation import GenConfig
-from dcr.core.machine import padded
 from dcr.core.models import Policy, structure
 from dcr.core.models.structure import unwrapped
 from dcr.core.prompts import ChatFormat, special_tokens
@@ -34,7 +29,6 @@ log = logging.getLogger(__name__)
 
 SHARE = 0.8  # of the free memory; fragments and uncounted tensors take the rest
 MOST = {"cuda": 512, "cpu": 64}  # more prompts at once take longer and decode no faster
-ENDED = 1 / 8  # share of ended rows from which a copy of the others' cache is worth its cost
 
 Row = TypeVar("Row")
 Done = TypeVar("Done")
@@ -221,115 +215,19 @@ def continued(
     def is_over(answer: Sequence[int]) -> bool:
         return answer[-1] in chat.stop or (decided is not None and decided(text(chat, answer)))
 
-    def logits(contexts: Sequence[Context]) -> Tensor:
-        (context,) = contexts
-        scores = biased(context.ids, context.logits) if biased else context.logits
-        return chat.processor(context.ids, scores) if chat.processor else scores
+    def changed(ids: Tensor, logits: Tensor) -> Tensor:
+        scores = biased(ids, logits) if biased else logits
+        return chat.processor(ids, scores) if chat.processor else scores
 
-    readings = [(prompts, math.inf)]
-    answers, masses = decoded(policy, readings, max_new_tokens, logits, score, is_over, streamer)
-    return answers, masses[:, 0]
+    def scored(logits: Tensor) -> Tensor:
+        return finite(score(logits).float().cpu())
 
-
-# --- token by token -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Context:
-    """One reading of a batch of prompts, up to the newest token.
-
-    The ids are padded on the left; the mask is the cache's (`passes.Prefilled`). The cache is None
-    if the model takes none, and then reads all tokens again.
-    """
-
-    ids: Int[Tensor, "rows width"]
-    mask: Bool[Tensor, "rows width"]
-    cache: Any
-    logits: Float[Tensor, "rows vocabulary"]  # behind the newest token, in fp32
+    return passes.current().continued(
+        policy.model, prompts, max_new_tokens, changed, scored, is_over, streamer
+    )
 
 
-def decoded(
-    policy: Policy,
-    readings: Sequence[tuple[Sequence[Sequence[int]], float]],
-    most: int,
-    logits: Callable[[Sequence[Context]], Float[Tensor, "rows vocabulary"]],
-    score: Callable[[Tensor], Tensor],
-    is_over: Callable[[Sequence[int]], bool],
-    streamer: Any = None,
-    scored: int = 1,
-) -> tuple[list[list[int]], Float[Tensor, "rows scored"]]:
-    """The greedy new tokens of each row, at most `most`, and `score` of the logits before them.
-
-    Args:
-        readings: each reading of the prompts, and its number of new tokens; the first one is read
-            to the end.
-        logits: gives the logits to decode from the contexts that are still read.
-        is_over: whether an answer ends with the last of these tokens.
-        scored: the number of new tokens that have a score; one behind the end means nothing.
-
-    Raises ConfigError for a score that is not finite.
-    """
-    lengths = list(zip(*(map(len, prompts) for prompts, _ in readings), strict=True))
-    groups = passes.together(policy.model, lengths)
-    if len(groups) > 1:
-        answer = partial(
-            decoded, policy, most=most, logits=logits, score=score, is_over=is_over,
-            streamer=streamer, scored=scored,
-        )  # fmt: skip
-        return _in_groups(groups, readings, answer)
-    with torch.inference_mode(), passes.current().decoding(policy.model) as cache:
-        contexts = [_read(policy, prompts, cache) for prompts, _ in readings]
-        ends = [end for _, end in readings]  # of those that are still read
-        answers: list[list[int]] = [[] for _ in readings[0][0]]
-        rows = list(range(len(answers)))  # those in the batch
-        under_way = set(rows)
-        scores, values = logits(contexts), torch.full((len(rows), scored), torch.nan)
-        if streamer is not None:
-            streamer.put(contexts[0].ids.cpu())
-        for tokens in range(1, most + 1):
-            if tokens <= scored:
-                values[rows, tokens - 1] = _finite(score(scores).float().cpu())
-            newest = scores.argmax(1)
-            if streamer is not None:
-                streamer.put(newest.cpu())
-            for row, token in zip(rows, newest.tolist(), strict=True):
-                if row in under_way:
-                    answers[row].append(token)
-                    if tokens == most or is_over(answers[row]):
-                        under_way.remove(row)
-            if not under_way:
-                break
-            contexts = [c for c, end in zip(contexts, ends, strict=True) if tokens < end]
-            ends = [end for end in ends if tokens < end]
-            if len(under_way) <= (1 - ENDED) * len(rows) and _may_leave(policy, contexts):
-                staying = [place for place, row in enumerate(rows) if row in under_way]
-                rows = [rows[place] for place in staying]
-                places = torch.tensor(staying, device=newest.device)
-                newest = newest[places]
-                contexts = [_selected(context, places) for context in contexts]
-                passes.keep_rows(policy.model, places)
-            contexts = [_stepped(policy, context, newest) for context in contexts]
-            scores = logits(contexts)
-        if streamer is not None:
-            streamer.end()
-        return answers, values
-
-
-def _in_groups(
-    groups: Sequence[Sequence[int]],
-    readings: Sequence[tuple[Sequence[Sequence[int]], float]],
-    answer: Callable[[Any], tuple[list[list[int]], Float[Tensor, "rows scored"]]],
-) -> tuple[list[list[int]], Float[Tensor, "rows scored"]]:
-    """The result of `answer` for each group of places in the batch, in the order of the batch."""
-    found: dict[int, tuple[list[int], Tensor]] = {}
-    for group in groups:
-        of_group = [([prompts[place] for place in group], end) for prompts, end in readings]
-        found |= dict(zip(group, zip(*answer(of_group), strict=True), strict=True))
-    rows = [found[place] for place in sorted(found)]
-    return [ids for ids, _ in rows], torch.stack([values for _, values in rows])
-
-
-def _finite(scores: Float[Tensor, "rows"]) -> Float[Tensor, "rows"]:
+def finite(scores: Float[Tensor, "rows"]) -> Float[Tensor, "rows"]:
     """The scores, before any is kept. ConfigError where the model's numbers overflowed."""
     if not scores.isfinite().all():
         raise ConfigError(
@@ -337,49 +235,6 @@ def _finite(scores: Float[Tensor, "rows"]) -> Float[Tensor, "rows"]:
             "steering.strength"
         )
     return scores
-
-
-def _may_leave(policy: Policy, contexts: Sequence[Context]) -> bool:
-    """Whether some rows can be taken out of all that the model keeps of the batch."""
-    kept = [context.cache for context in contexts if context.cache is not None]
-    of_keys = all(
-        isinstance(cache, DynamicCache) and all(isinstance(i, DynamicLayer) for i in cache.layers)
-        for cache in kept
-    )
-    # an edit that depends on the row knows the rows of one reading
-    return of_keys and (len(contexts) == 1 or not passes.per_row(policy.model))
-
-
-def _read(
-    policy: Policy, prompts: Sequence[Sequence[int]], cache: Callable[[], DynamicCache | None]
-) -> Context:
-    model = policy.model
-    keep = not passes.parameters(model).isdisjoint(passes.CACHES)
-    read = passes.current().read(model, prompts, keep=keep, cache=cache() if keep else None)
-    ids = padded(prompts, 0, left=True).to(model.device)
-    return Context(ids, read.mask.bool(), read.cache, read.logits[:, -1].float())
-
-
-def _stepped(policy: Policy, context: Context, newest: Int[Tensor, "rows"]) -> Context:
-    """The context once its newest token has passed through the model."""
-    taken = passes.parameters(policy.model)
-    ids = torch.cat([context.ids, newest[:, None]], 1)
-    mask = torch.cat([context.mask, torch.ones_like(context.mask[:, :1])], 1)
-    new = ids if context.cache is None else newest[:, None]
-    state = context.cache is not None and passes.CACHES[0] not in taken
-    seen = mask[:, -1:] if state else mask  # a state knows of no padding before its newest token
-    places = passes.positions(mask)[:, -new.shape[1] :]
-    options = {"logits_to_keep": 1} if "logits_to_keep" in taken else {}
-    output = passes.forward(policy.model, new, seen.long(), places, context.cache, options)
-    cache = next((output[name] for name in passes.CACHES if name in taken), None)
-    return Context(ids, mask, cache, output.logits[:, -1].float())
-
-
-def _selected(context: Context, places: Int[Tensor, "rows"]) -> Context:
-    """The context of these rows alone; the cache drops the others."""
-    if context.cache is not None:
-        context.cache.batch_select_indices(places)
-    return Context(context.ids[places], context.mask[places], context.cache, context.logits[places])
 
 
 # --- the size of a batch --------------------------------------------------------------------------

@@ -1,21 +1,20 @@
 """Passes that read prompts and decode answers: all that measures a model asks `current()`.
 
-`Plain` is transformers' own way: a padded batch, a cache that grows token by token. An entry point
-may hand in other `Passes` (`use`) that give the same up to rounding and take less time, as
-`dcr.fast` does on a CPU. Those of training are in `learning`.
+`Plain` is transformers' own way: a padded batch, and `generate`. An entry point may hand in other
+`Passes` (`use`) that give the same up to rounding and take less time, as `dcr.fast` does on a CPU.
+Those of training are in `learning`.
 """
 
 import inspect
 import sys
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import GenerationConfig
 
 from dcr.core import machine
 from dcr.core.config import ConfigError
@@ -73,10 +72,20 @@ class Passes(Protocol):
         """
         ...
 
-    def decoding(self, model: Any) -> AbstractContextManager[Callable[[], DynamicCache | None]]:
-        """A context around the decoding of a batch, with what makes its empty caches.
+    def continued(
+        self,
+        model: Any,
+        prompts: Sequence[Sequence[int]],
+        most: int,
+        changed: Callable[[Tensor, Tensor], Tensor],
+        score: Callable[[Tensor], Tensor],
+        is_over: Callable[[Sequence[int]], bool],
+        streamer: Any = None,
+    ) -> tuple[list[list[int]], Tensor]:
+        """The greedy new tokens of each prompt, at most `most`, and `score` of its first logits.
 
-        A model that brings its own kind of cache gets None.
+        `changed` maps the token ids so far, padded on the left, and the next one's logits to those
+        that are decoded from. An answer ends with the first token at which it `is_over`.
         """
         ...
 
@@ -95,8 +104,70 @@ class Plain:
         mask = attention_mask(prompts, left=True).long().to(device)
         return prefilled(model, ids, mask, keep, cache)
 
-    def decoding(self, model: Any) -> AbstractContextManager[Callable[[], DynamicCache | None]]:
-        return nullcontext(partial(empty_cache, model))
+    def continued(
+        self,
+        model: Any,
+        prompts: Sequence[Sequence[int]],
+        most: int,
+        changed: Callable[[Tensor, Tensor], Tensor],
+        score: Callable[[Tensor], Tensor],
+        is_over: Callable[[Sequence[int]], bool],
+        streamer: Any = None,
+    ) -> tuple[list[list[int]], Tensor]:
+        found: dict[int, tuple[list[int], Tensor]] = {}
+        for places in together(model, [len(ids) for ids in prompts]):
+            rows = [prompts[place] for place in places]
+            answers, scores = generated(model, rows, most, changed, score, is_over, streamer)
+            found |= dict(zip(places, zip(answers, scores, strict=True), strict=True))
+        in_order = [found[place] for place in range(len(prompts))]
+        return [answer for answer, _ in in_order], torch.stack([score for _, score in in_order])
+
+
+def generated(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    most: int,
+    changed: Callable[[Tensor, Tensor], Tensor],
+    score: Callable[[Tensor], Tensor],
+    is_over: Callable[[Sequence[int]], bool],
+    streamer: Any,
+) -> tuple[list[list[int]], Tensor]:
+    """`Passes.continued` by transformers' `generate`, whatever the checkpoint's own settings."""
+    owner: Any = unwrapped(model)
+    ids = padded(prompts, 0, left=True).to(owner.device)
+    answers: list[list[int]] = [[] for _ in prompts]
+    ended = torch.zeros(len(prompts), dtype=torch.bool, device=owner.device)
+    first: list[Tensor] = []
+
+    def logits(seen: Tensor, given: Tensor) -> Tensor:
+        now = changed(seen, given)
+        if not first:
+            first.append(score(now))
+        return now
+
+    def over(seen: Tensor, _: Any) -> Tensor:
+        for row, token in enumerate(seen[:, -1].tolist()):
+            if not ended[row]:
+                answers[row].append(token)
+                ended[row] = is_over(answers[row])
+        return ended
+
+    own, owner.generation_config = owner.generation_config, GenerationConfig()
+    try:
+        with torch.inference_mode(), structure.contiguous_head(model):
+            owner.generate(
+                input_ids=ids,
+                attention_mask=attention_mask(prompts, left=True).long().to(owner.device),
+                max_new_tokens=most,
+                do_sample=False,
+                use_cache=not parameters(model).isdisjoint(CACHES),  # RWKV's own mixes up rows
+                logits_processor=[logits],
+                stopping_criteria=[over],
+                streamer=streamer,
+            )
+    finally:
+        owner.generation_config = own
+    return answers, first[0]
 
 
 _used: list[Passes] = [Plain()]
@@ -112,35 +183,7 @@ def use(passes: Passes) -> None:
     _used[0] = passes
 
 
-def per_row(model: Any) -> bool:
-    """Whether an open edit depends on the row or on what is its prompt.
-
-    A prompt must then be read in one pass, and `keep_rows` be told of rows that leave the batch.
-    """
-    return bool(_by_row(model))
-
-
-def keep_rows(model: Any, places: Int[Tensor, "rows"]) -> None:
-    """Tells open edits that depend on the row which rows of the batch stay, in their new order."""
-    for session in _by_row(model):
-        session.keep_rows(places)
-
-
-def _by_row(model: Any) -> list[Any]:
-    hooks = structure.backbone(model)._forward_pre_hooks.values()
-    return [session for session in hooks if getattr(session, "per_row", False)]
-
-
 # --- parts of a pass, for implementations of `Passes` ---------------------------------------------
-
-
-def empty_cache(model: Any) -> DynamicCache | None:
-    """An empty cache of keys and values; None for a model that brings its own kind."""
-    owner: Any = unwrapped(model)
-    takes_any = getattr(owner, "_supports_default_dynamic_cache", bool)()
-    if not takes_any or "mamba" in type(owner).__name__.lower():
-        return None
-    return DynamicCache(config=text_config(model))
 
 
 def prefilled(

@@ -18,6 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from dcr.core import passes
 from dcr.core.models.structure import unwrapped
+from dcr.decoding import empty_cache
 from dcr.fast import packing
 
 ROOM = 64  # tokens
@@ -81,7 +82,7 @@ class PrefixLayer(DynamicLayer):
 
 def roomy_cache(model: Any) -> DynamicCache | None:
     """An empty cache; None for a model that brings its own kind."""
-    cache = passes.empty_cache(model)
+    cache = empty_cache(model)
     if cache is not None:
         transposed = passes.text_config(model)._attn_implementation == ATTENTION
         cache.layers = [

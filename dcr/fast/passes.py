@@ -1,5 +1,6 @@
 """The core's passes, packed, shared and fused if that is right for a model and a device."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -20,6 +21,7 @@ from dcr.core.models.structure import unwrapped
 from dcr.core.models.training import head_arguments
 from dcr.core.passes import Prefilled
 from dcr.core.prompts import IGNORED
+from dcr.decoding import Context, decoded, per_row
 from dcr.fast import cache, frozen, fusing, packing
 from dcr.fast.frozen import token_nll
 from dcr.fast.packing import Layout, Packing
@@ -93,9 +95,26 @@ class Fast:
         return prefill(model, prompts, keep, cache)
 
     @contextmanager
-    def decoding(self, model: Any) -> Iterator[Callable[[], DynamicCache | None]]:
+    def caching(self, model: Any) -> Iterator[Callable[[], DynamicCache | None]]:
         with cache.decoding_attention(model), fusing.prepacked(model):
             yield partial(cache.roomy_cache, model)
+
+    def continued(
+        self,
+        model: Any,
+        prompts: Sequence[Sequence[int]],
+        most: int,
+        changed: Callable[[Tensor, Tensor], Tensor],
+        score: Callable[[Tensor], Tensor],
+        is_over: Callable[[Sequence[int]], bool],
+        streamer: Any = None,
+    ) -> tuple[list[list[int]], Tensor]:
+        def logits(contexts: Sequence[Context]) -> Tensor:
+            return changed(contexts[0].ids, contexts[0].logits)
+
+        readings = [(prompts, math.inf)]
+        answers, scores = decoded(model, readings, most, logits, score, is_over, streamer)
+        return answers, scores[:, 0]
 
 
 def laid_out(
@@ -155,7 +174,7 @@ def shared_prefix(model: Any, prompts: Sequence[Sequence[int]]) -> int:
         or passes.obstacle(model, structure.UNLIMITED) is not None
         or cache.roomy_cache(model) is None
         or rotated.get("rope_type") in BY_LENGTH
-        or passes.per_row(model)
+        or per_row(model)
     )
     return 0 if unshared else alike
 

@@ -20,11 +20,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dcr.core import generation, machine, storage
 from dcr.core.config import ConfigError, DataError, Kind
-from dcr.core.generation import Completion, decoded
+from dcr.core.generation import Completion
 from dcr.core.models import Policy, read_architecture, refused_as, structure, whole_model
 from dcr.core.models.structure import DTYPES
 from dcr.core.prompts import ZERO_WIDTH_SPACE, ChatFormat
 from dcr.core.text import transcript
+from dcr.decoding import decoded
 from dcr.judges import GuardConfig, LlamaGuardConfig, WildGuardConfig, verdicts
 from dcr.judges.judging import Judging
 from dcr.judges.verdicts import COMPLIANCE, SAFETY, Verdict, Verdicts
@@ -303,7 +304,7 @@ def _written(
         return logits.softmax(-1)[:, guard.openings.to(logits.device)].sum(-1)
 
     rows, p_unsafe = decoded(
-        guard.policy,
+        guard.policy.model,
         [([ids for _, ids in batch], math.inf)],
         max_new_tokens,
         logits=lambda contexts: contexts[0].logits,

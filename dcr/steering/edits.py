@@ -15,7 +15,7 @@ from dcr.activations import Site, hook
 from dcr.core import passes
 from dcr.core.config import ConfigError
 from dcr.core.models import structure
-from dcr.core.passes import per_row
+from dcr.decoding import per_row
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,6 @@ Whether a thought resolves to refuse is told by rules, beside the verdict on its
 """
 
 import functools
-import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,14 +16,13 @@ from typing import Any
 import torch
 
 from dcr import keywords
-from dcr.core import generation, models, prompts, refusal, storage, thoughts
+from dcr.core import generation, models, passes, prompts, refusal, storage, thoughts
 from dcr.core.config import ConfigError
 from dcr.core.config.evaluation import EvalConfig
 from dcr.core.evaluation import sets
 from dcr.core.evaluation.protocols import Answers, Change
 from dcr.core.evaluation.sets import PromptSet
 from dcr.core.evaluation.subjects import Local
-from dcr.core.generation import decoded
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
@@ -164,11 +162,11 @@ def _thoughts(
     def is_over(written: Sequence[int]) -> bool:
         return written[-1] in chat.stop or closes in spelled(chat, written[-LATEST:])
 
-    written, _ = decoded(
-        policy,
-        [([ids for _, ids in batch], math.inf)],
+    written, _ = passes.current().continued(
+        policy.model,
+        [ids for _, ids in batch],
         budget,
-        logits=lambda contexts: contexts[0].logits,
+        changed=lambda _, logits: logits,
         score=lambda logits: torch.zeros(len(logits)),
         is_over=is_over,
     )
