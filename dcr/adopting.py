@@ -17,8 +17,9 @@ from dcr import ending
 from dcr.core import config, continuing, data, runs, storage
 from dcr.core.config import DataError, Stage, UserError
 from dcr.core.config.training import TrainConfig, stages_of
-from dcr.core.runs import Cost, Run
+from dcr.core.runs import Run
 from dcr.ending import single_line
+from dcr.stages import Cost
 
 STAGE_ONE = ("model", "data", "dcr", "seed", "tracking")  # nodes that decide its weights and log
 STAGE_ONE_ROWS = ("seemingly_toxic", "toxic", "normal")

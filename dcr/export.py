@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from dcr import entry, gating, resolving, robustness
-from dcr.core import config, machine, prompts, runs, storage
+from dcr.core import config, machine, prompts, storage
 from dcr.core.config import EMBEDDED_MODEL, STAGES, ConfigError, Precision
 from dcr.core.config.training import AUTO_LAYER, ContrastiveConfig, block_of
 from dcr.core.evaluation.sets import APART, check_names
@@ -19,6 +19,7 @@ from dcr.core.runs import Run
 from dcr.core.sources import SOURCES
 from dcr.extensions import EvalSettings
 from dcr.gating import GatingConfig
+from dcr.stages import last_stage, stages_behind
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -249,11 +250,11 @@ def _exportable(run: Run, out: Path, stage: str | None) -> tuple[dict[str, Any],
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"out={out}: is not empty; name a new folder")
     made_with = run.config()
-    stage = stage or runs.last_stage(made_with)
+    stage = stage or last_stage(made_with)
     if not run.done(stage):
         raise ConfigError(f"run={run.folder}: stage {stage} is not done there; train it first")
     run.record()  # the card needs it: damage is found before weights are opened
-    if made_with["method"] not in config.Method.__members__ or not runs.stages(made_with, stage):
+    if made_with["method"] not in config.Method.__members__ or not stages_behind(made_with, stage):
         raise ConfigError(f"run={run.folder}: method={made_with['method']} has no stage {stage}")
     return made_with, stage
 
@@ -363,7 +364,7 @@ def model_card(run: Run, stage: str, made_with: Mapping[str, Any], weights: Weig
         front = {}  # a folder on the training machine means nothing elsewhere
         name = Path(name).name
     front |= {**FRONT, "tags": list(dict.fromkeys([*FRONT["tags"], method]))}
-    stages = runs.stages(made_with, stage)
+    stages = stages_behind(made_with, stage)
     read = " + readout" if "readout" in stages else ""
     rows = {n: part for n, part in run.record().get("rows", {}).items() if part["count"]}
     measured, silences, others = evaluated(run, stage, weights.change)

@@ -15,8 +15,9 @@ from dcr import resolving
 from dcr.core import prompts, refusal
 from dcr.core.config import ConfigError, Kind, Precision
 from dcr.core.models import Policy, folders
-from dcr.core.runs import Run, last_stage
+from dcr.core.runs import Run
 from dcr.frontier import comparing
+from dcr.stages import last_stage
 from tests.tiny_run import trained, weights
 
 READOUT = ("method=stl", "sft.readout.steps=2", "sft.readout.blocks=1", "sft.epochs=1")

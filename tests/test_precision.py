@@ -18,6 +18,7 @@ from dcr.core.models.structure import DTYPES
 from dcr.core.runs import Run
 from dcr.extensions import EvalSettings
 from dcr.plan import cost
+from dcr.stages import Cost
 
 AUTO = dict.fromkeys(machine.NATIVE, Precision.auto)
 PAPER = {"contrastive": "mixed", "sft": "bf16", "evaluation": "bf16"}
@@ -118,7 +119,7 @@ def test_a_run_is_made_in_what_auto_was_settled_to_and_keeps_it(
     monkeypatch.setattr(machine, "cpu_unit", lambda: None if unit else "AMX")
     train.train(auto, run)
     assert yaml.safe_load(run.config_file.read_text()) == made_with | {"stage": "all"}
-    costs = [runs.storage.read_json(run.cost_file(s), runs.Cost) for s in ("contrastive", "sft")]
+    costs = [runs.storage.read_json(run.cost_file(s), Cost) for s in ("contrastive", "sft")]
     assert [each.precision for each in costs] == [first, second]
     assert (
         f"precision: contrastive {first}, sft {second} (as the run was made)" in (caplog.messages)

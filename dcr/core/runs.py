@@ -28,7 +28,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NotRequired
+from typing import Any, NotRequired
 
 import yaml
 from pydantic import ConfigDict
@@ -86,28 +86,6 @@ class RowRecord(TypedDict):
     in_distribution: NotRequired[list[str]]
     unseen_groups: NotRequired[list[str]]
     own: NotRequired[dict[str, OwnSource]]
-
-
-@dataclass(frozen=True)
-class Cost:
-    """`<stage>.cost.json`: the cost of a stage's steps in the process that took the last of them.
-
-    It does not contain the steps of a process that was stopped before.
-    """
-
-    steps: int
-    seconds: float
-    tokens: int
-    tokens_per_second: float
-    peak_memory_gib: float
-    device: str
-    device_seconds: float  # of the GPU, or of all cores
-    precision: str  # never auto
-
-    def of_all_steps(self, stage: str, metrics: Iterable[Mapping[str, Any]]) -> float:
-        """The factor from these steps to all steps of the stage in the logged metrics."""
-        steps = {row["step"] for row in metrics if row["key"].startswith(f"{stage}/step_")}
-        return max(self.steps, len(steps)) / self.steps
 
 
 class RunPath:
@@ -197,24 +175,6 @@ class Run:
             return known | {"evaluation": machine.evaluated_in(known["sft"])}
         own = made_with.get("precision", "auto")  # of a model that was only evaluated
         return known | ({} if own == "auto" else {"evaluation": Precision(own)})
-
-
-def stages(made_with: Mapping[str, Any], weights: str) -> list[str]:
-    """The stages that trained some weights of a run with this configuration.
-
-    They are among contrastive, sft and readout. A snapshot is one of SFT; a base model has none.
-    """
-    last = "sft" if weights == "snapshot" else weights
-    order = [stage.value for stage in STAGES if stage.value != "contrastive"]
-    if made_with.get("method") == "dcr":
-        order = ["contrastive", *order]
-    return order[: order.index(last) + 1] if last in order else []
-
-
-def last_stage(made_with: Mapping[str, Any]) -> Literal["sft", "readout"]:
-    """The stage whose result a run of this configuration ends with."""
-    steps = ((made_with.get("sft") or {}).get("readout") or {}).get("steps")
-    return "readout" if steps else "sft"
 
 
 def write_config(run: Run, made_with: Mapping[str, Any]) -> None:

@@ -6,10 +6,11 @@ from functools import cached_property
 from typing import Any
 
 from dcr import results
-from dcr.core import continuing, runs, storage
+from dcr.core import continuing, storage
 from dcr.ending import printable
 from dcr.report.records import STAGES, Evaluation, RunRecord, flattened
 from dcr.results.frame import CONTRASTS
+from dcr.stages import last_stage, stages_behind
 
 METHODS = {  # left to right, with their names in tables
     "base": "base model",
@@ -90,7 +91,7 @@ class Column:
     @property
     def stages(self) -> list[str]:
         """The stages that made the weights."""
-        return runs.stages(self.run.config, self.evaluation.weights)
+        return stages_behind(self.run.config, self.evaluation.weights)
 
     def called(self, method: str) -> str:
         """A method by the stages that made these weights: `STL + readout`, `contrastive only`."""
@@ -182,7 +183,7 @@ def evaluated(records: Iterable[RunRecord]) -> list[Column]:
 
 def standing_for(run: RunRecord, weights: str = "") -> Column:
     """An empty evaluation of a run's weights, by default its last ones."""
-    made = {"folder": run.folder, "weights": weights or runs.last_stage(run.config)}
+    made = {"folder": run.folder, "weights": weights or last_stage(run.config)}
     return Column(run, Evaluation.model_validate(made))
 
 

@@ -13,7 +13,7 @@ import pandas as pd
 from dcr.adopting import adopted
 from dcr.core import storage
 from dcr.core.evaluation.sets import PAPER_SAFETY
-from dcr.core.runs import Cost, Run
+from dcr.core.runs import Run
 from dcr.report import grids
 from dcr.report.columns import FIRST_STAGE_ONLY, METHODS, READOUT, Column, Group
 from dcr.report.grids import Cell
@@ -22,6 +22,7 @@ from dcr.report.sections import Selection
 from dcr.report.writing import ABSENT, TextTable
 from dcr.results.frame import NORMAL
 from dcr.results.schema import Quality
+from dcr.stages import Cost
 
 SETS = {  # the first evaluated one of several sets counts
     "XS": ("xstest_safe",),

@@ -11,7 +11,7 @@ from dcr import inference
 from dcr.core import storage
 from dcr.core.config import Kind, UserError
 from dcr.core.evaluation.sets import APART, pairs_of, set_name
-from dcr.core.runs import Run, stages
+from dcr.core.runs import Run
 from dcr.ending import encodable
 from dcr.results.schema import (
     Ability,
@@ -23,6 +23,7 @@ from dcr.results.schema import (
     SetCounts,
     read,
 )
+from dcr.stages import stages_behind
 
 # Ways to decode, as the settings of an evaluation tell them.
 CONTRASTS = {"self_cd": "Self-CD", "adacd": "AdaCD"}
@@ -69,7 +70,7 @@ def load(folders: Iterable[str | Path] | str | Path) -> pd.DataFrame:
         made_with = storage.read_yaml(config, dict[str, Any]) if config.exists() else {}
         for file in files:
             metrics = read(file)
-            trained_by = " + ".join(stages(made_with, metrics.weights))
+            trained_by = " + ".join(stages_behind(made_with, metrics.weights))
             learnt = trained_on(run.record(), metrics.weights)
             rows += rows_of(metrics, str(folder), str(file), trained_by, learnt)
     return pd.DataFrame(rows, columns=list(COLUMNS))

@@ -21,10 +21,10 @@ from dcr.core import runs, storage
 from dcr.core.config import STAGES, DataError, UserError
 from dcr.core.config.training import stages_of
 from dcr.core.evaluation import subjects
-from dcr.core.runs import Cost
 from dcr.ending import single_line
 from dcr.report.paper import SAFETY_SHARE
 from dcr.search import OBJECTIVES, Search, Space, words_of
+from dcr.stages import Cost
 from dcr.study import Job, StudyError
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)

@@ -13,8 +13,9 @@ from dcr.core.config import Stage
 from dcr.core.config.training import TrainConfig
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
-from dcr.core.runs import Cost, Run
+from dcr.core.runs import Run
 from dcr.core.training import Watched
+from dcr.stages import Cost
 from dcr.tracking import TrackingConfig
 
 
