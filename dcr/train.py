@@ -36,7 +36,8 @@ def train(settings: TrainConfig, run: Run) -> None:
     wanted = stages_of(settings)
     settings, arithmetic = continuing.with_precisions(settings, run.precisions())
     rows = checked(settings, run)
-    if not all(run.done(stage.value) for stage in wanted):
+    trains = not all(run.done(stage.value) for stage in wanted)
+    if trains:
         arithmetic.say()
     watch: Watch | None = extending.ours(settings.table.watching)
     watched = watch(settings) if watch else None
@@ -47,7 +48,7 @@ def train(settings: TrainConfig, run: Run) -> None:
         show(settings, run) if show else nullcontext(([], None)) as (loggers, shown),
     ):
         number = machine.use_threads(settings.trainer.threads, run.threads())
-        if _leads() and not all(run.done(stage.value) for stage in wanted):
+        if _leads() and trains:
             storage.write_json(run.threads_file, {"threads": number})
         job = Job(settings, run, rows, _block(settings, run), lease, loggers, watched)
         for stage in wanted:

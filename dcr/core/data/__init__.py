@@ -252,14 +252,11 @@ def _with_stage_one(rows: Splits, ratio: float | None, cleaning: Cleaning) -> Sp
     """The prompts of stage one, `ratio` toxic ones for each other; None for all that are left."""
     config, seed = cleaning.config, cleaning.seed
     safe = cleaning.clean("seemingly_toxic", Kind.seemingly_toxic)
-    taken = [*rows.refusals, *rows.refusals_heldout]
     toxic = cleaning.of_one_kind("toxic", cleaning.clean("toxic", Kind.toxic), safe)
-    toxic = without(toxic, taken)
-    unseen: tuple[list[Example], list[Example]] = ([], [])
-    if config.group_holdout > 0:
-        safe, safe_unseen = split_by_group(safe, config.group_holdout, seed)
-        toxic, toxic_unseen = split_by_group(toxic, config.group_holdout, seed)
-        unseen = (_shuffled(safe_unseen, seed), _shuffled(toxic_unseen, seed))
+    toxic = without(toxic, [*rows.refusals, *rows.refusals_heldout])
+    safe, safe_unseen = split_by_group(safe, config.group_holdout, seed)
+    toxic, toxic_unseen = split_by_group(toxic, config.group_holdout, seed)
+    unseen = (_shuffled(safe_unseen, seed), _shuffled(toxic_unseen, seed))
     count = config.seemingly_toxic.count
     safe, safe_left = cleaning.draw(safe, count, "data.seemingly_toxic.count", unseen[0])
     asked = None if ratio is None else round(ratio * len(safe))
@@ -272,19 +269,16 @@ def _with_stage_one(rows: Splits, ratio: float | None, cleaning: Cleaning) -> Sp
             elif held:
                 cure = f"data.group_holdout={config.group_holdout} holds out all; lower it"
             raise ConfigError(f"data: no {name} row is left for stage one; {cure}")
-    heldout = [
-        (unseen[0] or safe_left)[:HELD_OUT_PAIRS],
-        (unseen[1] or toxic_left)[:HELD_OUT_PAIRS],
-    ]
+    heldout = (unseen[0] or safe_left, unseen[1] or toxic_left)
     if not all(heldout):  # the paper trains on all of XSTest: one class alone has no pairs to watch
-        heldout = [[], []]
+        heldout = ([], [])
     return replace(
         rows,
         seemingly_toxic=safe,
         toxic=toxic,
-        seemingly_toxic_heldout=heldout[0],
-        toxic_heldout=heldout[1],
-        unseen_groups=sorted(set(map(_group, (*unseen[0], *unseen[1])))),
+        seemingly_toxic_heldout=heldout[0][:HELD_OUT_PAIRS],
+        toxic_heldout=heldout[1][:HELD_OUT_PAIRS],
+        unseen_groups=sorted({_group(row) for part in unseen for row in part}),
     )
 
 

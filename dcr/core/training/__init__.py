@@ -266,16 +266,34 @@ def fit(
 
     Raises TrainingError where no weight moved.
     """
-    folder = job.run.checkpoints(stage.value)
-    module.sharding = job.settings.table.sharding
+    settings, options, folder = job.settings, job.settings.trainer, job.run.checkpoints(stage.value)
+    module.sharding = settings.table.sharding
     checkpoint = resuming.newest_checkpoint(folder)
     step = resuming.step_of(checkpoint)
     if checkpoint:
         log.info("%s: going on after step %d of %d", stage.value, step, total)
     if job.lease:
         runs.forget_metrics_beyond(job.run, stage.value, step)
-    between = job.watched(job.run, stage, policy, chat, total) if job.watched else []
-    trainer = _trainer(job, stage, module, total, total // batches.steps_per_epoch, between)
+    bar = callbacks.Progress(stage.value, total, module.step_loss)
+    trainer = lightning_trainer(
+        settings,
+        job.run,
+        stage.value,
+        module,
+        module.arithmetic,
+        loggers=job.loggers,
+        strategy=_strategy(settings, module),
+        max_epochs=total // batches.steps_per_epoch,
+        callbacks=[
+            *(job.watched(job.run, stage, policy, chat, total) if job.watched else []),
+            *([bar] if options.progress else []),
+            resuming.StepSeed(settings.seed),
+            *([callbacks.FolderGuard(job.lease)] if job.lease else []),
+            # last, when a step's other traces are there
+            resuming.Checkpoints(folder, options.checkpoint_every_n_steps),
+        ],
+        gradient_clip_val=module.clip,
+    )
     start = resuming.bit_sums(module)
     with resuming.faults_explained():
         trainer.fit(module, datamodule=batches, ckpt_path=checkpoint, weights_only=True)
@@ -295,38 +313,6 @@ def end(job: Job, stage: Stage, trainer: Trainer) -> None:
     if trainer.is_global_zero:
         forget_checkpoints(job.run, stage)
     trainer.strategy.barrier()  # no process opens a result that another is still writing
-
-
-def _trainer(
-    job: Job,
-    stage: Stage,
-    module: resuming.ResumableModule,
-    total: int,
-    epochs: int,
-    between: Sequence[Callback],
-) -> Trainer:
-    settings, options = job.settings, job.settings.trainer
-    bar = callbacks.Progress(stage.value, total, module.step_loss)
-    followed = [
-        *between,
-        *([bar] if options.progress else []),
-        resuming.StepSeed(settings.seed),
-        *([callbacks.FolderGuard(job.lease)] if job.lease else []),
-        # last, when a step's other traces are there
-        resuming.Checkpoints(job.run.checkpoints(stage.value), options.checkpoint_every_n_steps),
-    ]
-    return lightning_trainer(
-        settings,
-        job.run,
-        stage.value,
-        module,
-        module.arithmetic,
-        loggers=job.loggers,
-        strategy=_strategy(settings, module),
-        max_epochs=epochs,
-        callbacks=followed,
-        gradient_clip_val=module.clip,
-    )
 
 
 def lightning_trainer(

@@ -116,15 +116,11 @@ class Progress(Callback):
         if self.bar is not None and sys.stderr.isatty():
             self.bar.set_description(text)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._close()
-
-    def on_exception(self, *_: Any, **__: Any) -> None:
-        self._close()
-
-    def _close(self) -> None:
+    def _close(self, *_: Any, **__: Any) -> None:
         if self.bar is not None:
             self.bar.close()
+
+    on_train_end = on_exception = _close
 
 
 class FolderGuard(Callback):
