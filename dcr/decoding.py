@@ -1,7 +1,8 @@
 """Greedy decoding token by token, of prompts in one reading or in several.
 
 Rows that have ended leave the batch where only keys and values are kept of them; transformers'
-`generate` keeps them until the longest answer ends.
+`generate` keeps them until the longest answer ends. `obstacle` says whether a model can take a mask
+that is no plain batch's.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,6 +24,8 @@ from dcr.core.models.structure import unwrapped
 
 Caches = AbstractContextManager[Callable[[], DynamicCache | None]]
 
+MASKABLE = {"sdpa", "eager"}  # attention that adds any mask
+WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
 ENDED = 1 / 8  # share of ended rows from which a copy of the others' cache is worth its cost
 
 
@@ -72,6 +75,23 @@ def keep_rows(model: Any, places: Int[Tensor, "rows"]) -> None:
 def _by_row(model: Any) -> list[Any]:
     hooks = structure.backbone(model)._forward_pre_hooks.values()
     return [session for session in hooks if getattr(session, "per_row", False)]
+
+
+def obstacle(model: Any, tokens: int) -> str | None:
+    """The reason why a model cannot take a tree mask over `tokens` positions; None if it can."""
+    text = passes.text_config(model)
+    if passes.recurrent(model):
+        return "not all of its layers are attention over all keys"
+    if text._attn_implementation not in MASKABLE:
+        return f"its attention is {text._attn_implementation}"
+    if "position_ids" not in passes.parameters(model) or getattr(text, "alibi", False):
+        return "its positions cannot be set"
+    kinds = getattr(text, "layer_types", None)
+    windows = [getattr(text, name, None) for name in WINDOWS]
+    windowed = kinds is None or bool(passes.WINDOWED & set(kinds))
+    if windowed and any(isinstance(window, int) and tokens >= window for window in windows):
+        return f"{tokens} tokens do not fit its attention window"
+    return None
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ The first process hands out batches, and alone writes the results, in the order 
 answer depends on the process that gave it.
 """
 
-import copy
 import math
 import multiprocessing
 import os
@@ -132,8 +131,10 @@ class Workers:
         for number in range(self.count):
             numbers.put(number)
         threads = max(1, torch.get_num_threads() // self.count)
-        subject, current = copy.copy(self.subject), passes.current()
-        arguments = (os.getpid(), numbers, threads, subject, current)
+        mine = self.subject
+        subject = Local(mine.settings, mine.run, mine.weights, mine.source, mine.step)
+        subject.bias = mine.bias  # and nothing that is open here
+        arguments = (os.getpid(), numbers, threads, subject, passes.current())
         return ProcessPoolExecutor(self.count, context, _begin, arguments)
 
 

@@ -17,8 +17,8 @@ from dcr.core.losses import circle_loss
 ROOT = Path(__file__).parent.parent
 CORE = {"core", "train", "eval"}
 # files, and lines that a few mends may still add to: of the core, and of what a command opens
-CORE_SIZE = (41, 9445)
-OPENED = {"dcr.train": (26, 6770), "dcr.eval": (26, 6295)}
+CORE_SIZE = (41, 9430)
+OPENED = {"dcr.train": (26, 6770), "dcr.eval": (26, 6280)}
 
 
 def contract() -> dict[str, list[str]]:

@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from dcr import activations
+from dcr import activations, decoding
 from dcr.analyses import probability
 from dcr.analyses.probability import trie
 from dcr.core import passes, prompts, refusal
@@ -412,7 +412,7 @@ def test_a_plan_by_prompt_edits_the_same_rows(monkeypatch: pytest.MonkeyPatch) -
 
     with edits.edited(model, plan):
         fast = scored(model)
-        monkeypatch.setattr(passes, "MASKABLE", set())
+        monkeypatch.setattr(decoding, "MASKABLE", set())
         walked = scored(model, batch_size=1)
     assert_close(fast, walked, rtol=1e-5, atol=0)
 

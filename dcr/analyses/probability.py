@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dcr.core import machine, models, passes
 from dcr.core.models.structure import unwrapped
-from dcr.core.passes import Prefilled, cache_name, forward, obstacle, recurrent, text_config
+from dcr.core.passes import Prefilled, cache_name, forward, recurrent, text_config
 from dcr.core.refusal.opening import (
     REFUSAL_PHRASES,
     Ending,
@@ -32,6 +32,7 @@ from dcr.core.refusal.opening import (
     ending,
 )
 from dcr.core.text import messages
+from dcr.decoding import obstacle
 
 # fmt: off
 # Refusals that the paper's set misses: plain apologies, GPT-4o's usual opening, and inability,

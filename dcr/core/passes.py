@@ -22,9 +22,7 @@ from dcr.core.machine import attention_mask, padded
 from dcr.core.models import structure
 from dcr.core.models.structure import unwrapped
 
-MASKABLE = {"sdpa", "eager"}  # attention that adds any mask
 WINDOWED = {"sliding_attention", "chunked_attention"}
-WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
 CACHES = ("past_key_values", "cache_params")  # arguments for keys and values, or for a state
 # by one of these functions a model's code keeps padding out of its states
 MASKING = {"apply_mask_to_padding_states", "create_recurrent_attention_mask"}
@@ -213,23 +211,6 @@ def forward(
 
 
 # --- what a model can take ------------------------------------------------------------------------
-
-
-def obstacle(model: Any, tokens: int) -> str | None:
-    """The reason why a model cannot take a tree mask over `tokens` positions; None if it can."""
-    text = text_config(model)
-    if recurrent(model):
-        return "not all of its layers are attention over all keys"
-    if text._attn_implementation not in MASKABLE:
-        return f"its attention is {text._attn_implementation}"
-    if "position_ids" not in parameters(model) or getattr(text, "alibi", False):
-        return "its positions cannot be set"
-    kinds = getattr(text, "layer_types", None)
-    windows = [getattr(text, name, None) for name in WINDOWS]
-    windowed = kinds is None or bool(WINDOWED & set(kinds))
-    if windowed and any(isinstance(window, int) and tokens >= window for window in windows):
-        return f"{tokens} tokens do not fit its attention window"
-    return None
 
 
 def recurrent(model: Any) -> bool:

@@ -18,7 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from dcr.core import passes
 from dcr.core.models.structure import unwrapped
-from dcr.decoding import empty_cache
+from dcr.decoding import MASKABLE, empty_cache
 from dcr.fast import packing
 
 ROOM = 64  # tokens
@@ -136,4 +136,4 @@ def attention(
 
 AttentionInterface.register(ATTENTION, attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-passes.MASKABLE.add(ATTENTION)
+MASKABLE.add(ATTENTION)

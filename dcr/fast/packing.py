@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface
 
 from dcr.core import passes
+from dcr.decoding import WINDOWS
 from dcr.fast import fusing
 
 ATTENTION = "dcr_rows"  # its name in transformers
@@ -97,7 +98,7 @@ def laid_out(
     """
     config: Any = module.config
     text, longest = config.get_text_config(), ids.shape[1]
-    windows = [getattr(text, name, None) or longest for name in passes.WINDOWS]
+    windows = [getattr(text, name, None) or longest for name in WINDOWS]
     if not packing or min(windows) < longest:
         return Layout({"input_ids": ids, "attention_mask": mask}, ids.shape)
     prefix = 0

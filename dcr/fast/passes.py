@@ -21,7 +21,7 @@ from dcr.core.models.structure import unwrapped
 from dcr.core.models.training import head_arguments
 from dcr.core.passes import Prefilled
 from dcr.core.prompts import IGNORED
-from dcr.decoding import Context, decoded, per_row
+from dcr.decoding import Context, decoded, obstacle, per_row
 from dcr.fast import cache, frozen, fusing, packing
 from dcr.fast.frozen import token_nll
 from dcr.fast.packing import Layout, Packing
@@ -171,7 +171,7 @@ def shared_prefix(model: Any, prompts: Sequence[Sequence[int]]) -> int:
     rotated = getattr(passes.text_config(model), "rope_parameters", None) or {}
     unshared = (
         alike < WORTHWHILE
-        or passes.obstacle(model, structure.UNLIMITED) is not None
+        or obstacle(model, structure.UNLIMITED) is not None
         or cache.roomy_cache(model) is None
         or rotated.get("rope_type") in BY_LENGTH
         or per_row(model)

@@ -151,11 +151,6 @@ class Local(Subject):
         self._open.clear()  # a guard of eight billion parameters may need the room
         self._contexts.close()
 
-    def __reduce__(self) -> Any:
-        """Without what is open, for another process."""
-        known = (self.settings, self.run, self.weights, self.source, self.step)
-        return Local, known, {"bias": self.bias}
-
     @cached_property
     def _content(self) -> object:
         """The fingerprint of these weights."""
