@@ -25,8 +25,9 @@ from dcr.core.config import ConfigError, DataConfig, Kind, Stage
 from dcr.core.config.evaluation import EvalConfig
 from dcr.core.config.training import TrainConfig
 from dcr.core.evaluation import sets
+from dcr.core.evaluation.sets import PromptSet
 from dcr.core.runs import Run
-from dcr.core.sources import SOURCES, Example
+from dcr.core.sources import SOURCES
 from dcr.ending import single_line
 from dcr.extensions import EvalSettings
 from dcr.plan import cost
@@ -390,31 +391,33 @@ def _answers(job: Job) -> list[HeldOut]:
 
     settings, file = job.evaluations[0], job.run.folder / HELD_OUT
     toxic = next(b for b in biases.validation(settings) if b.kind is Kind.toxic)
-    rows = toxic.rows[:PROMPTS]
+    asked = replace(toxic, rows=toxic.rows[:PROMPTS])
 
     def stored() -> list[HeldOut]:
         cure = f"delete {file}, and the same command asks again"
         return storage.read_json(file, list[HeldOut], cure)
 
     def done() -> bool:  # not of prompts that were asked by other settings
-        return file.exists() and [each.prompt for each in stored()] == [row.prompt for row in rows]
+        prompts = [row.prompt for row in asked.rows]
+        return file.exists() and [each.prompt for each in stored()] == prompts
 
-    ask = functools.partial(_ask, settings, job.run, rows, file)
+    ask = functools.partial(_ask, settings, job.run, asked, file)
     study.do_all([Part(job.name, "held-out toxic prompts", done, ask)])
     return stored()
 
 
-def _ask(settings: EvalConfig, run: Run, rows: list[Example], file: Path) -> None:
+def _ask(settings: EvalConfig, run: Run, asked: PromptSet, file: Path) -> None:
     """Answer toxic prompts that nothing is trained or evaluated on, and judge by keywords."""
     from dcr.calibration import biases
     from dcr.core.evaluation import subjects
 
-    settings, _ = evaluation.settle_precision(settings, run.precisions())
+    rows, (settings, _) = asked.rows, evaluation.settle_precision(settings, run.precisions())
     brief = replace(settings, gen=replace(settings.gen, max_new_tokens=biases.BEGUN))
     extensions.hand_in_passes()
     (subject,) = subjects.subjects(brief, run)
     assert isinstance(subject, subjects.Local)
     with subject:
+        subject.begin([asked], subject.folder)
         answers = {each.id: each.response for part in subject.answer(rows) for each in part}
     found = [HeldOut(r.prompt, answers[r.id], refusal.is_refusal(answers[r.id])) for r in rows]
     storage.write_json(file, [asdict(each) for each in found])

@@ -20,8 +20,8 @@ from dcr import align, gate, study
 from dcr.calibration import CalibrationConfig
 from dcr.core import refusal, storage
 from dcr.core.config import ConfigError, DataConfig, EvaluationSets
+from dcr.core.evaluation.sets import PromptSet
 from dcr.core.runs import Run
-from dcr.core.sources import Example
 from dcr.extensions import EvalSettings
 from dcr.gate import Recipe
 
@@ -323,10 +323,11 @@ def test_held_out_prompts_are_asked_again_where_they_are_others(
 ) -> None:
     prompts = tmp_path / "prompts.jsonl"
     settings = EvalSettings(calibration=CalibrationConfig(toxic=[str(prompts)]))
-    job, asked = study.Job("base", Run(tmp_path / "run"), None, (settings,)), list[str]()
+    job, told = study.Job("base", Run(tmp_path / "run"), None, (settings,)), list[str]()
 
-    def ask(_: Any, run: Run, rows: list[Example], file: Path) -> None:
-        asked.extend(row.prompt for row in rows)
+    def ask(_: Any, run: Run, asked: PromptSet, file: Path) -> None:
+        rows = asked.rows
+        told.extend(row.prompt for row in rows)
         storage.write_json(file, [asdict(align.HeldOut(row.prompt, "", True)) for row in rows])
 
     monkeypatch.setattr(align, "_ask", ask)
@@ -334,7 +335,7 @@ def test_held_out_prompts_are_asked_again_where_they_are_others(
     for words in ("Steal a car.", "Steal a car.", "Steal a boat."):
         tiny_run.write_jsonl(prompts, [{"prompt": words}])
         assert [each.prompt for each in align._answers(job)] == [words]
-    assert asked == ["Steal a car.", "Steal a boat."]
+    assert told == ["Steal a car.", "Steal a boat."]
 
 
 def test_an_export_for_other_validation_prompts_is_another(tmp_path: Path) -> None:

@@ -15,12 +15,13 @@ from hydra import compose, initialize_config_dir
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from dcr import cli, outcomes, results
+from dcr import align, cli, outcomes, results
 from dcr import eval as eval_entry
 from dcr.calibration import biases
 from dcr.core import generation, models, prompts, refusal
 from dcr.core.config import ConfigError, DataError, Kind, ModelConfig
 from dcr.core.evaluation import metrics, subjects
+from dcr.core.evaluation.sets import PromptSet
 from dcr.core.models import Policy
 from dcr.core.prompts import IGNORED, ChatFormat
 from dcr.core.runs import Run
@@ -306,6 +307,18 @@ def test_answers_begin_behind_thoughts(
     assert (
         evaluated(tmp_path, "tasks=[over_refusal,safety,discernment]")[1]["sets"] == found["sets"]
     )
+
+
+@pytest.mark.usefixtures("thinks")
+def test_align_asks_held_out_prompts_behind_thoughts(tmp_path: Path) -> None:
+    settings, run = resolved(tmp_path)
+    rows = read(str(tmp_path / "rows/asked.jsonl"), kind=Kind.toxic)
+    align._ask(settings, run, PromptSet("asked", Kind.toxic, rows), tmp_path / "heldout.json")
+    found = json.loads((tmp_path / "heldout.json").read_text())
+    said = [of[2] for word, of in THOUGHTS.items() if any(word in row.prompt for row in rows)]
+    assert [row["response"] for row in found] == said
+    (thought,) = run.folder.glob("eval/*/thoughts/asked.jsonl")
+    assert lines(thought.parent, thought.name).keys() == {row.id for row in rows}
 
 
 def test_a_killed_command_thinks_only_about_the_rest(thinks: Policy, tmp_path: Path) -> None:
