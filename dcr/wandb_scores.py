@@ -144,12 +144,12 @@ def evaluation(run: Run, metrics: Mapping[str, Any]) -> "wandb.Artifact":
 def variant(metrics: Mapping[str, Any], run: Run) -> str:
     """The name that tells an evaluation from the plain one of a run's last weights; "" for that.
 
-    An earlier stage, other data than the run's own, an edit (with four digits of its settings), and
-    each setting of decoding and choice of rows that is not the default: `contrastive_limit-100`,
-    `data-dev`, `scans-1-3f2a`.
+    An earlier stage, other data than the run's own, an edit or a gate (with four digits of its
+    settings), and each setting of decoding and choice of rows that is not the default:
+    `contrastive_limit-100`, `data-dev`, `scans-1-3f2a`, `gate-mine-7c1e`.
     """
     settings = dict(metrics["settings"])
-    edit = settings.pop("steering", None)
+    edit, gate = (settings.pop(key, None) for key in ("steering", "gate"))
     plain = EvalConfig()
     defaults = {
         "max_new_tokens": plain.gen.max_new_tokens,
@@ -169,6 +169,7 @@ def variant(metrics: Mapping[str, Any], run: Run) -> str:
                 if edit
                 else []
             ),
+            *([f"gate-{gate['name']}-{storage.fingerprint(gate)[:4]}"] if gate else []),
             *(f"{key}-{value}" for key, value in settings.items() if value != defaults.get(key)),
         ]
     )

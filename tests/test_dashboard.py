@@ -196,6 +196,13 @@ def test_no_evaluation_overwrites_another_s_scores(of_dcr: Run) -> None:
     assert f"snapshot/limit-5/{key}" in shown.logged[-1]
 
 
+def test_a_gate_is_named_in_keys_of_letters(of_dcr: Run) -> None:
+    gates = [{"name": "mine", "alone": alone} for alone in (True, False)]
+    named = [wandb_scores.variant(metrics(gate=gate, limit=5), of_dcr) for gate in gates]
+    assert all(re.fullmatch("gate-mine-[0-9a-f]{4}_limit-5", name) for name in named)
+    assert named[0] != named[1]
+
+
 def test_the_last_stage_that_is_done_has_the_plain_keys(of_dcr: Run) -> None:
     run, shown = of_dcr, Summary()
     for weights in ("contrastive", "base", "endpoint", "sft"):
