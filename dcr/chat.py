@@ -230,12 +230,13 @@ def open_stage(
 ) -> "tuple[Policy, ModelConfig, str]":
     """The model of a stage, the run's model settings, and the precision in words.
 
-    Without a `stage`, the last that is done is opened. Raises ConfigError when the stage is not
-    done or its base cannot be opened.
+    Without a `stage`, the last that is done is opened, or a base model that was evaluated. Raises
+    ConfigError when the stage is not done or its base cannot be opened.
     """
     made_with = run.config()
     model = resolving.model_of(made_with, trust_remote_code)
-    stage = stage or next((name for name in STAGES[:-1] if run.done(name)), "sft")
+    untrained = "base" if made_with["method"] == "base" else "sft"
+    stage = stage or next((name for name in STAGES[:-1] if run.done(name)), untrained)
     if stage != "base" and not run.done(stage):
         raise ConfigError(f"run={run.folder}: stage {stage} is not done there; train it first")
     from dcr.core import models

@@ -3,7 +3,7 @@
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ import yaml
 
 from dcr import entry, gating, resolving, robustness
 from dcr.core import config, machine, prompts, storage
-from dcr.core.config import EMBEDDED_MODEL, STAGES, ConfigError, Precision
+from dcr.core.config import EMBEDDED_MODEL, STAGES, ConfigError, Precision, Quantization
 from dcr.core.config.training import AUTO_LAYER, ContrastiveConfig, block_of
 from dcr.core.evaluation.sets import APART, check_names
 from dcr.core.prompts import ChatFormat
@@ -68,6 +68,8 @@ READ_OUT = (
     " Before the merge came a readout, which is no part of the paper: the adapter's last blocks "
     "were trained on for how an answer to either kind of prompt begins."
 )
+UNTUNED = "The model as it came, without any safety training: what is refused, a gate refuses."
+BASE = "base"  # as a stage: the model before training
 LEARNT = {"contrastive": ("seemingly_toxic", "toxic"), "sft": ("safety", "normal")}
 LEARNT |= {"readout": LEARNT["contrastive"]}
 CARD = ("refused", "toxic", "answered", "seemingly_toxic")  # the columns of attacks
@@ -86,7 +88,7 @@ SETTINGS = {  # the settings that a card names, by stage
 
 @dataclass
 class Options:
-    """python -m dcr.export run=<folder> out=<folder> [stage=readout|sft|contrastive]
+    """python -m dcr.export run=<folder> out=<folder> [stage=readout|sft|contrastive|base]
 
     Writes merged safetensors weights, tokenizer, model card and metrics.csv: transformers loads
     them by themselves.
@@ -95,7 +97,10 @@ class Options:
     run: Path = entry.option("the run folder")
     out: Path = entry.option("a new folder for the export")
     stage: str | None = entry.option(
-        "the stage to export; by default the run's last", None, choices=[s.value for s in STAGES]
+        "the stage to export, base being the model before training, behind a gate; by default the "
+        "run's last",
+        None,
+        choices=[*(s.value for s in STAGES), BASE],
     )
     precision: str = entry.option(
         "of the weights; fp32 gives the logits of the run's adapter, bf16 differs by about 1%; "
@@ -150,15 +155,17 @@ def export(
 ) -> Path:
     """Write a stage's weights, merged in fp32 and then cast, with tokenizer and card into `out`.
 
-    `stage` is by default the run's last, `precision` that of the run's evaluations. `calibrate`, as
-    that of `eval.py`, chooses a bias on these very weights and writes it into the generation
-    config, or the threshold of a `gate`, which goes along as `gated` has it. The prompts that it is
-    chosen on are those of `evaluated_by`, by default those of `eval.py`.
+    `stage` is by default the run's last; of an evaluation of a model that no run trained it is
+    `base`, the model as it came, which goes along with a gate alone. `precision` is by default that
+    of the run's evaluations. `calibrate`, as that of `eval.py`, chooses a bias on these very
+    weights and writes it into the generation config, or the threshold of a `gate`, which goes along
+    as `gated` has it. The prompts that it is chosen on are those of `evaluated_by`, by default
+    those of `eval.py`.
 
     Raises ConfigError when `out` holds anything, the stage is not done or not one of the method's,
     or its base is gone or not the one it was trained on.
     """
-    made_with, stage = _exportable(run, out, stage)
+    made_with, stage = _exportable(run, out, stage, gate)
     dtype = "bfloat16" if (precision or _evaluated_in(run)) is Precision.bf16 else "float32"
     model = resolving.model_of(made_with, trust_remote_code)
     chosen_by = evaluated_by or EvalSettings()
@@ -192,8 +199,12 @@ def export(
     machine.use_threads()
     # evaluations or a template that cannot be read end the command before weights are opened
     evaluated(run, stage, {})
-    prompts.chat_format(models.result_tokenizer(run.stage(stage), trust_remote_code), model)
-    policy = folders.open_result(run.stage(stage), Precision.fp32, trust_remote_code)
+    if stage == BASE:
+        in_full = replace(model, quantization=Quantization.none)
+        policy = models.open_policy(in_full, Precision.fp32)
+    else:
+        prompts.chat_format(models.result_tokenizer(run.stage(stage), trust_remote_code), model)
+        policy = folders.open_result(run.stage(stage), Precision.fp32, trust_remote_code)
     chat = prompts.chat_format(policy.tokenizer, model)
     narrow = structure.is_quantised(policy.model)
     lost = _put_in_full(policy, chat, settings, run.stage(stage)) if narrow else None
@@ -245,12 +256,21 @@ def _evaluated_in(run: Run) -> Precision:
     return run.precisions().get("evaluation", Precision.bf16)
 
 
-def _exportable(run: Run, out: Path, stage: str | None) -> tuple[dict[str, Any], str]:
+def _exportable(
+    run: Run, out: Path, stage: str | None, gate: Path | None
+) -> tuple[dict[str, Any], str]:
     """The run's configuration, and its stage. Raises ConfigError where `out` cannot hold that."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"out={out}: is not empty; name a new folder")
     made_with = run.config()
-    stage = stage or last_stage(made_with)
+    untuned = made_with["method"] == BASE
+    stage = stage or (BASE if untuned else last_stage(made_with))
+    if stage == BASE:
+        if gate is None:
+            raise ConfigError(
+                "stage=base: the model as it came needs no export; name gate=<folder>"
+            )
+        return made_with, stage
     if not run.done(stage):
         raise ConfigError(f"run={run.folder}: stage {stage} is not done there; train it first")
     run.record()  # the card needs it: damage is found before weights are opened
@@ -358,7 +378,8 @@ def model_card(run: Run, stage: str, made_with: Mapping[str, Any], weights: Weig
     """
     from dcr.report.writing import templates
 
-    name, method = made_with["model"]["name"], made_with["method"]
+    untuned = stage == BASE
+    name, method = made_with["model"]["name"], BASE if untuned else made_with["method"]
     front: dict[str, Any] = {"base_model": HUB_NAMES.get(name, name)}
     if Path(name).is_absolute() or Path(name).is_dir():
         front = {}  # a folder on the training machine means nothing elsewhere
@@ -366,7 +387,8 @@ def model_card(run: Run, stage: str, made_with: Mapping[str, Any], weights: Weig
     front |= {**FRONT, "tags": list(dict.fromkeys([*FRONT["tags"], method]))}
     stages = stages_behind(made_with, stage)
     read = " + readout" if "readout" in stages else ""
-    rows = {n: part for n, part in run.record().get("rows", {}).items() if part["count"]}
+    record = {} if untuned else run.record()
+    rows = {n: part for n, part in record.get("rows", {}).items() if part["count"]}
     measured, silences, others = evaluated(run, stage, weights.change)
     attacked = _under_attack(measured).drop_duplicates(["kind", "set"])
     return (
@@ -374,9 +396,12 @@ def model_card(run: Run, stage: str, made_with: Mapping[str, Any], weights: Weig
         .get_template("model_card.md")
         .render(
             front=yaml.safe_dump(front, sort_keys=False),
-            title=f"{made_with['model'].get('label') or name}, {method}{read}, stage {stage}",
+            title=f"{made_with['model'].get('label') or name}, "
+            + ("behind a gate" if untuned else f"{method}{read}, stage {stage}"),
             base=HUB_NAMES.get(name, name),
-            method=METHODS[method, "sft" if read else stage] + (READ_OUT if read else ""),
+            method=UNTUNED
+            if untuned
+            else METHODS[method, "sft" if read else stage] + (READ_OUT if read else ""),
             system=made_with["model"].get("system_prompt"),
             settings=_settings(run, made_with, stages, weights.depth),
             rows=rows,
@@ -393,7 +418,7 @@ def model_card(run: Run, stage: str, made_with: Mapping[str, Any], weights: Weig
             attacked=_attacked(measured),
             pooled=[*attacked.loc[attacked.duplicated("kind", keep=False), "set"]],
             silences=silences,
-            trained_on=run.record().get("in_distribution", []),
+            trained_on=record.get("in_distribution", []),
             others=others,
             **vars(weights),
         )
@@ -431,6 +456,8 @@ def _under_attack(measured: "pd.DataFrame") -> "pd.DataFrame":
 def _settings(
     run: Run, made_with: Mapping[str, Any], stages: Sequence[str], depth: int
 ) -> dict[str, str]:
+    if not stages:  # nothing was trained
+        return {}
     keys = ["preset_name", "seed", *(key for each in stages for key in SETTINGS.get(each, ()))]
     settings = {key: _leaf(made_with, key) for key in keys}
     if "dcr.layer" in settings:

@@ -282,6 +282,28 @@ def test_a_gate_goes_along_and_plain_transformers_answers_behind_it_as_we_do(
     assert not (tmp_path / "no").exists()
 
 
+def test_a_model_that_nothing_trained_goes_along_with_a_gate_alone(
+    moved: Run, made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, gate, out = Run(tmp_path / "base"), write_gate(tmp_path / "gate"), tmp_path / "out"
+    run.folder.mkdir()
+    node = CONFIG["model"] | {"name": str(moved.stage("contrastive"))}
+    run.config_file.write_text(yaml.safe_dump(CONFIG | {"method": "base", "model": node}))
+    asked = [f"run={run.folder}", f"out={out}", "precision=fp32"]
+    assert export.main(asked) == 2
+    assert "stage=base" in capsys.readouterr().err
+    assert not out.exists()
+    assert export.main([*asked, f"gate={gate}"]) == 0
+    assert torch.equal(_logits(AutoModelForCausalLM.from_pretrained(out)), made.stage_one)
+    told = runpy.run_path(str(out / "dcr_gate.py"))["Gated"](out).answer("Hello", max_new_tokens=3)
+    assert isinstance(told, str)
+    card = (out / "README.md").read_text()
+    assert "base, behind a gate" in card
+    assert export.UNTUNED in card
+    assert [word for word in ("merged", "`seed`", "dcr.layer", "| normal |") if word in card] == []
+    assert chat.open_stage(run)[0].name == str(moved.stage("contrastive"))
+
+
 UNIDIRECTIONAL, SWAP = (SimpleNamespace(name=name) for name in ("UNIDIRECTIONAL", "SWAP"))
 
 
