@@ -102,8 +102,8 @@ def verdicts(evaluation: "Evaluation", name: str, rows: Sequence["Completion"]) 
         for row in rows:
             if (verdict := by_answer.get(answer_fingerprint(row))) is not None:
                 labels = {"compliance": verdict.compliance, "safety": verdict.safety}
-                if not (verdict.asked or verdict.safety):  # the outcome, or a user's own judge
-                    labels = {"label": verdict.raw}
+                if verdict.label:
+                    labels = {"label": verdict.label}
                 for aspect, label in labels.items():
                     if label:
                         aspects[aspect][row.id] = label, verdict.raw

@@ -120,9 +120,8 @@ def _said(run: Run, judge: str, name: str) -> dict[str, str]:
     said: dict[str, str] = {}
     for file in sorted(files, key=lambda file: file.stat().st_mtime):
         for verdict in storage.read_lines(file, verdicts.Verdict):
-            labels = [label for label in (verdict.compliance, verdict.safety) if label]
-            own = verdict.raw if verdict.status == "ok" else ""
-            said[verdict.of] = ", ".join(labels) or own or verdict.status
+            words = [verdict.label] if verdict.label else [verdict.compliance, verdict.safety]
+            said[verdict.of] = ", ".join(filter(None, words)) or verdict.status
     return said
 
 

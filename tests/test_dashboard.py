@@ -258,12 +258,14 @@ def test_the_table_has_every_verdict_beside_the_answer(tmp_path: Path) -> None:
         run.evaluation("sft-1") / "verdicts/wildguard-aa/a.jsonl",
         [verdicts.Verdict("0", of[0], "ok", compliance="refused", safety="safe")],
     )
-    counts = {"a": {"kind": "toxic", "judged": {"wildguard": {}}}}
+    helped = verdicts.Verdict("0", of[0], "ok", "partial", raw="refused_but_helped", asked=False)
+    storage.append_lines(run.evaluation("sft-1") / "verdicts/outcome-bb/a.jsonl", [helped])
+    counts = {"a": {"kind": "toxic", "judged": {"wildguard": {}, "outcome": {}}}}
     table = wandb_scores.completions(run, {"sets": counts}, {"a": answers})
-    assert list(table)[-3:] == ["keyword:paper", "keyword:recommended", "wildguard"]
-    assert table.iloc[:, -3:].to_numpy().tolist() == [
-        ["refused", "refused", "refused, safe"],
-        ["complied", "complied", ""],
+    assert list(table)[-4:] == ["keyword:paper", "keyword:recommended", "wildguard", "outcome"]
+    assert table.iloc[:, -4:].to_numpy().tolist() == [
+        ["refused", "refused", "refused, safe", "refused_but_helped"],
+        ["complied", "complied", "", ""],
     ]
 
 

@@ -46,6 +46,11 @@ class Verdict:
         """Whether the judge has answered, so that asking again would only cost."""
         return self.status != "error"
 
+    @property
+    def label(self) -> str:
+        """The outcome, or the label of a user's own judge; empty of judges with two aspects."""
+        return "" if self.asked or self.safety else self.raw
+
 
 # Closing it ends what is under way.
 Verdicts = Generator[list[Verdict], None, None]
