@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from dcr import entry, gating, resolving, robustness
+from dcr import entry, extensions, gating, resolving, robustness
 from dcr.core import config, machine, prompts, storage
 from dcr.core.config import EMBEDDED_MODEL, STAGES, ConfigError, Precision, Quantization
 from dcr.core.config.training import AUTO_LAYER, ContrastiveConfig, block_of
@@ -197,6 +197,7 @@ def export(
     if calibrate is not None:
         check_names(biases.validation(settings))
     machine.use_threads()
+    extensions.hand_in_passes()
     # evaluations or a template that cannot be read end the command before weights are opened
     evaluated(run, stage, {})
     if stage == BASE:

@@ -5,7 +5,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from dcr import entry, gating
+from dcr import entry, extensions, gating
 from dcr.calibration import CalibrationConfig, relations
 from dcr.core import machine, prompts, storage
 from dcr.core.config import ConfigError, Language, ModelConfig, Precision
@@ -58,6 +58,7 @@ def main(options: Options) -> None:
     biases.check(settings, {"method": "base"})
     sets.check_names(biases.validation(settings))
     machine.use_threads()
+    extensions.hand_in_passes()
     if folders.is_adapter(folder):
         policy = folders.open_adapter(folder, settings.precision, options.trust_remote_code)
     else:
