@@ -263,6 +263,20 @@ def test_calibration_chooses_the_threshold_on_its_own_prompts(
     assert "did not finish" not in page
 
 
+def test_sets_that_the_gate_was_trained_on_are_marked(tmp_path: Path) -> None:
+    gate = write_gate(tmp_path / "gate", learnt=["harmless.jsonl", "demo_toxic"])
+    asked = f"data.evaluation.safety=[demo_toxic,{tmp_path / 'toxic.jsonl'}]"
+    found = evaluated(tmp_path, f"gate={gate}", asked, "limit=4")
+    seen = {name: counts.get("seen_by_steering", 0) for name, counts in found["sets"].items()}
+    assert seen == {"harmless": 4, "demo_toxic": 4, "toxic": 0}
+    rates = results.load(tmp_path / "base").query("quantity == 'refused'")
+    assert dict(zip(rates["set"], rates["contaminated"], strict=False)) == {
+        name: count > 0 for name, count in seen.items()
+    }
+    page = building.build([tmp_path / "base"], tmp_path / "page.html")
+    assert "‡" in page
+
+
 # --- what is refused ---
 
 

@@ -889,7 +889,7 @@ def test_prompts_that_steering_saw_are_marked_in_every_table(tmp_path: Path) -> 
     assert list(table1.values[table1.values.source == "ours"].marks) == ["XS:‡"]
     text, html = build(tmp_path, run)
     assert "‡ contaminated: some of its prompts" in text
-    assert "3 of 4 seen by steering" in html
+    assert "3 of 4 seen by steering or gate" in html
     assert any(note.startswith("‡ contaminated") for note in table1.notes)
 
 

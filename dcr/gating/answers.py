@@ -27,7 +27,7 @@ from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
 from dcr.core.sources import SOURCES, Example
-from dcr.gating import SHUT, GatingConfig, classifier, folder_of
+from dcr.gating import SHUT, GatingConfig, Record, classifier, folder_of
 
 PLACE = "gates"  # in a run's folder: scores by gate and set, which no threshold changes
 AT_ONCE = 256  # prompts that are scored before they are stored
@@ -103,6 +103,23 @@ class Gated(Change):
             for name, rows in scored(subject, asked).items()
         }
 
+    def made_from(self, settings: EvalConfig, sets: Sequence[PromptSet]) -> dict[str, int]:
+        """Counts each set's prompts of sources that the gate was trained on."""
+        known = learnt(classifier.record_of(folder_of(settings)))
+        counts = {of.name: sum(called(row.source) in known for row in of.rows) for of in sets}
+        return {name: count for name, count in counts.items() if count}  # steering counts others
+
+
+def learnt(record: Record) -> set[str]:
+    """The sources that a gate was trained on, by the names that its record has for them."""
+    parts = record["made_with"].get("pairs", {}).items()
+    return {n for kind, of in parts if not kind.endswith("heldout") for n in of["sources"]}
+
+
+def called(source: str) -> str:
+    """A source's name in a gate's record, which names a file without the folders it lay in."""
+    return source if source in SOURCES else Path(source).name
+
 
 def shut(place: biases.Place) -> OpeningBias:
     """The bias under which no answer opens with a refusal's first token."""
@@ -150,12 +167,9 @@ def check(settings: EvalConfig, made_with: Mapping[str, Any]) -> None:
             f"calibrate={settings.calibrate}: this folder holds a bias, and a gate needs a "
             "threshold; give a share such as 0.8, or a run whose share is to be reached"
         )
-    parts = record["made_with"].get("pairs", {}).items()
-    learnt = {n for kind, of in parts if not kind.endswith("heldout") for n in of["sources"]}
     for kind in ("toxic", "seemingly_toxic"):
         named = getattr(settings.node(CalibrationConfig), kind)
-        # a gate remembers a file by its name, without the folders of the machine that trained it
-        if both := learnt & {n if n in SOURCES else Path(n).name for n in named}:
+        if both := learnt(record) & {called(name) for name in named}:
             raise ConfigError(
                 f"calibration.{kind}=[{min(both)}]: the gate was trained on it; name prompts of "
                 "another origin"

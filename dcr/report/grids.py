@@ -389,12 +389,12 @@ def rate_rows(
 
 
 def _seen(column: Column, name: str) -> list[str]:
-    """Words beside a set: the counts of its prompts that training or steering saw."""
+    """Words beside a set: the counts of its prompts that training, steering or gate saw."""
     counts, overlap = column.evaluation.sets[name], column.evaluation.contamination.get(name)
     steered = counts.seen_by_steering
     return [
         f"{ways_of(overlap)} in training" if overlap and overlap.any else "",
-        f"{steered} of {counts.n} seen by steering" if steered else "",
+        f"{steered} of {counts.n} seen by steering or gate" if steered else "",
     ]
 
 

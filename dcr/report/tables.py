@@ -49,7 +49,8 @@ def results(chosen: Selection) -> Grid:
         notes.append(
             f"{grids.CONTAMINATED} contaminated: some prompts of this set stand among the rows "
             "trained on: the same, nearly the same, or sharing long runs of words (“exact / near / "
-            "n-gram in training”), or steering was made from them (“seen by steering”)."
+            "n-gram in training”), or steering or a gate was made from them (“seen by steering or "
+            "gate”)."
         )
     return Grid(columns, blocks, notes)
 

@@ -55,7 +55,7 @@ def load(folders: Iterable[str | Path] | str | Path) -> pd.DataFrame:
     `stages` tells what trained the weights (`contrastive + sft + readout`), "" where nothing did or
     the run's configuration is gone, `edit` steering and decoding, "" for none. `in_distribution`
     marks numbers of sets that the run was trained on, `contaminated` those of others of which
-    training or steering saw some prompts.
+    training, steering or a gate saw some prompts.
 
     Raises DataError for a damaged file, UserError for a folder without an evaluation.
     """
@@ -227,7 +227,7 @@ def _marks(metrics: Metrics, names: Iterable[str], learnt: Collection[str] = ())
 
 
 def contaminated(metrics: Metrics, name: str) -> bool:
-    """Whether training or steering saw prompts of a set or task that the run was not trained on."""
+    """Whether training, steering or a gate saw prompts of a set that the run was not trained on."""
     counts, overlap = metrics.sets.get(name), metrics.contamination.get(name)
     if (asked := _asked(metrics).get(name)) and asked.in_distribution:
         return False

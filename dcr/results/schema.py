@@ -102,7 +102,7 @@ class SetCounts(Refusals):
     non_english: Count | None = None
     in_distribution: bool = False  # a source that the run was trained on
     unseen: Refusals | None = None  # of a set trained on: template groups that were not
-    seen_by_steering: Count = 0  # prompts that the vectors of the steering came from
+    seen_by_steering: Count = 0  # prompts that steering or a gate was made from
     judged: dict[str, Judged] = {}
 
     @model_validator(mode="after")
