@@ -138,7 +138,7 @@ def main(options: Options) -> None:
     asked = (options.stage, precision, options.calibrate, options.trust_remote_code)
     gated = GatingConfig(options.threshold, options.alone)
     print(export(run, options.out, *asked, options.gate, gated))
-    if precision is not Precision.fp32:
+    if precision is not Precision.fp32 and BASE not in (options.stage, run.config()["method"]):
         print(ROUNDED)
 
 

@@ -295,6 +295,9 @@ def test_a_model_that_nothing_trained_goes_along_with_a_gate_alone(
     assert not out.exists()
     assert export.main([*asked, f"gate={gate}"]) == 0
     assert torch.equal(_logits(AutoModelForCausalLM.from_pretrained(out)), made.stage_one)
+    capsys.readouterr()
+    assert export.main([f"run={run.folder}", f"out={tmp_path}/bf16", f"gate={gate}"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path}/bf16\n", "no word of an adapter"
     told = runpy.run_path(str(out / "dcr_gate.py"))["Gated"](out).answer("Hello", max_new_tokens=3)
     assert isinstance(told, str)
     card = (out / "README.md").read_text()
