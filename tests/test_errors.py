@@ -126,7 +126,7 @@ WHOLE = {
 }
 EXPORT = {
     "uot=y": "uot=y: no such setting",
-    "stage=base": "stage=base: choose one of contrastive, sft, readout",
+    "stage=last": "stage=last: choose one of contrastive, sft, readout, base",
     "precision=int8": "precision=int8: choose one of auto, bf16, fp32",
     "run=nowhere": "no config.yaml there",
 }
