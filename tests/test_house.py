@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 CORE = {"core", "train", "eval"}
 # files, and lines that a few mends may still add to: of the core, and of what a command opens
 CORE_SIZE = (41, 9430)
-OPENED = {"dcr.train": (26, 6770), "dcr.eval": (26, 6280)}
+OPENED = {"dcr.train": (31, 7310), "dcr.eval": (29, 6290)}
 
 
 def contract() -> dict[str, list[str]]:
@@ -77,9 +77,23 @@ def test_the_core_is_no_larger_than_a_reader_holds_in_an_afternoon() -> None:
     assert lines <= CORE_SIZE[1]
 
 
+def opened_by(command: str) -> set[str]:
+    """The command and all that it imports, lazily too.
+
+    Python runs the packages around a module with it, which are therefore among these.
+    """
+    graph, found, waiting = grimp.build_graph("dcr", cache_dir=None), set[str](), {command}
+    while waiting:
+        module = waiting.pop()
+        found.add(module)
+        around = [str(place).replace("/", ".") for place in Path(module.replace(".", "/")).parents]
+        waiting |= {*graph.find_modules_directly_imported_by(module), *around[:-1]} - found
+    return found
+
+
 @pytest.mark.parametrize("command", OPENED)
 def test_no_command_opens_more_than_it_does_today(command: str) -> None:
-    opened = grimp.build_graph("dcr", cache_dir=None).find_upstream_modules(command) | {command}
+    opened = opened_by(command)
     files, lines = size(opened)
     assert files <= OPENED[command][0], sorted(opened)
     assert lines <= OPENED[command][1]

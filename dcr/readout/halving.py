@@ -29,7 +29,7 @@ class Halving(Protocol):
         ids: Int[Tensor, "batch length"],
         mask: Bool[Tensor, "batch length"],
     ) -> tuple[Float[Tensor, "batch length width"], Rest]:
-        """As `halved` below, for a batch that is padded on the right."""
+        """Does what `halved` below does, for a batch that is padded on the right."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""What is watched of every stage: its cost, and of stage one how held-out prompts cluster."""
+"""Callbacks log the cost of every stage, and how held-out prompts of stage one cluster."""
 
 import time
 from dataclasses import asdict

@@ -133,7 +133,7 @@ def _measure(name: str, task: Task, work: Work, blocks: dict[str, Any]) -> None:
 def _write(
     subject: Subject, file: MetricsFile, blocks: Mapping[str, Any], began: float
 ) -> tuple[dict[str, Any], str]:
-    """What is in `metrics.json` now, and a warning or nothing."""
+    """Writes `metrics.json`, and returns its content and a warning or nothing."""
     metrics, folder = file.merged(blocks), file.folder
     for change in protocols.changes(subject.settings):
         metrics |= change.noted(subject, folder)

@@ -1,4 +1,4 @@
-"""What a stage trains and runs of a model, and the folder that its result is written as."""
+"""A stage takes the parts of a model that it trains and runs, and saves its result as a folder."""
 
 import copy
 import json
