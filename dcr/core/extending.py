@@ -14,6 +14,7 @@ import inspect
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dcr import PARTS
 from dcr.core.config import DataError, OwnPath
 
 Part = TypeVar("Part")
@@ -25,6 +26,11 @@ def ours(path: str) -> Any:
         return None
     module, _, name = path.partition(":")
     return getattr(importlib.import_module(module), name)
+
+
+def part(name: str) -> Any:
+    """What an extension does for the core under this name, see `dcr.PARTS`."""
+    return ours(PARTS[name])
 
 
 def made(path: str, base: type[Part], key: str = "") -> Part:

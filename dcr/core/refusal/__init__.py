@@ -5,7 +5,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from dcr.core.refusal.keywords import (
+from dcr.core.keywords import (
     XSTEST_PREFIXES,
     is_decided,
     is_refusal,
