@@ -27,10 +27,10 @@ from dcr.core.config.training import TrainConfig
 from dcr.core.evaluation import sets
 from dcr.core.evaluation.sets import PromptSet
 from dcr.core.runs import Run
-from dcr.core.sources import SOURCES
 from dcr.ending import single_line
 from dcr.extensions import EvalSettings
 from dcr.plan import cost
+from dcr.public import SOURCES
 from dcr.study import Job, Part, StudyError
 
 LEARNT = 0.5  # share of held-out toxic prompts refused from which on safety counts as learnt

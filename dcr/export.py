@@ -16,9 +16,9 @@ from dcr.core.config.training import AUTO_LAYER, ContrastiveConfig, block_of
 from dcr.core.evaluation.sets import APART, check_names
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
-from dcr.core.sources import SOURCES
 from dcr.extensions import EvalSettings
 from dcr.gating import GatingConfig
+from dcr.public import SOURCES
 from dcr.stages import last_stage, stages_behind
 
 if TYPE_CHECKING:

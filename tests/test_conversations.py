@@ -21,7 +21,7 @@ from dcr.core.config.training import Pooling
 from dcr.core.data.rows import feature_row
 from dcr.core.evaluation import subjects
 from dcr.core.runs import Run
-from dcr.core.sources import SOURCES, Example
+from dcr.core.sources import Example
 from dcr.core.text import (
     TURN,
     conversation,
@@ -35,6 +35,7 @@ from dcr.endpoints import HTTPConfig, ServerConfig, subject
 from dcr.judges import served
 from dcr.label import sheets
 from dcr.outcomes import outcome
+from dcr.public import SOURCES
 from dcr.report import __main__ as report
 from dcr.results.file import stored_answers
 from tests import tiny_run

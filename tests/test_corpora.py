@@ -22,9 +22,10 @@ import dcr
 from dcr import balance, keywords, resolving
 from dcr.core import data, sources
 from dcr.core.config import Kind
-from dcr.core.sources import SOURCES, Example
+from dcr.core.sources import Example
 from dcr.core.text import normalise
 from dcr.extensions import TrainSettings
+from dcr.public import SOURCES
 from tests.tiny_run import DATA, composed, drawn, real
 
 FOLDER = Path(dcr.__file__).parent / "demo"

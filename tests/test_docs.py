@@ -13,8 +13,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from dcr.core import config
-from dcr.core.sources import SOURCES
 from dcr.extensions import EvalSettings, TrainSettings
+from dcr.public import SOURCES
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -13,9 +13,10 @@ from dcr.core import data as splits
 from dcr.core import sources, storage
 from dcr.core.config import DataError, EvaluationSets, Kind
 from dcr.core.evaluation import sets
-from dcr.core.sources import SOURCES, is_final
+from dcr.core.sources import is_final
 from dcr.extensions import EvalSettings
 from dcr.looks import counting
+from dcr.public import SOURCES
 from tests.tiny_run import DATA, real
 
 PLAN = {

@@ -11,8 +11,8 @@ from dcr.core.config import ConfigError, DataConfig, EvaluationSets, Kind
 from dcr.core.evaluation import metrics, sets
 from dcr.core.evaluation.sets import PromptSet
 from dcr.core.generation import Completion
-from dcr.core.sources import SOURCES
 from dcr.extensions import TABLE, EvalSettings
+from dcr.public import SOURCES
 from dcr.steering import SteeringConfig
 from tests.tiny_run import DATA, real
 

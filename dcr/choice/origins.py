@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from dcr.core import sources
 from dcr.core.config import ConfigError, DataConfig, DataError, Kind
 from dcr.core.evaluation import sets
-from dcr.core.sources import SOURCES, Example
+from dcr.core.sources import Example
+from dcr.public import SOURCES
 from dcr.resolving import source_names
 
 LIMIT = 200  # prompts of each class of a pair

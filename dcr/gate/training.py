@@ -21,7 +21,6 @@ from dcr.core.models import folders, structure
 from dcr.core.models.structure import DTYPES
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
-from dcr.core.sources import SOURCES
 from dcr.core.storage import Lease
 from dcr.core.training import SafetyData, callbacks, lightning_trainer, resuming
 from dcr.core.training.resuming import ResumableModule, adamw, rate_factor
@@ -29,6 +28,7 @@ from dcr.frames import in_frames
 from dcr.gate import Recipe
 from dcr.gating import RECORD, REFUSAL, classifier
 from dcr.gating.classifier import Gate
+from dcr.public import SOURCES
 
 log = logging.getLogger(__name__)
 

@@ -26,8 +26,9 @@ from dcr.core.generation import Completion, OpeningBias
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
-from dcr.core.sources import SOURCES, Example
+from dcr.core.sources import Example
 from dcr.gating import SHUT, GatingConfig, Record, classifier, folder_of
+from dcr.public import SOURCES
 
 PLACE = "gates"  # in a run's folder: scores by gate and set, which no threshold changes
 AT_ONCE = 256  # prompts that are scored before they are stored

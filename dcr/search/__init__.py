@@ -20,7 +20,7 @@ from dcr.core import config, continuing, data, storage
 from dcr.core.config import ConfigError, UserError
 from dcr.core.config.training import AUTO_LAYER, TrainConfig, block_of
 from dcr.core.evaluation import sets
-from dcr.core.sources import SOURCES
+from dcr.public import SOURCES
 from dcr.study import Job
 
 NUMBER = r"([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)"

@@ -9,7 +9,8 @@ from dcr.core import sources
 from dcr.core.config import ConfigError, DataConfig, DataError, Kind, is_path
 from dcr.core.config.training import TrainConfig
 from dcr.core.data import Cleaning, Splits, overlaps, split_by_group, without
-from dcr.core.sources import SOURCES, Example, jsonl
+from dcr.core.sources import Example, jsonl
+from dcr.public import SOURCES
 from dcr.stl_aug import AugmentConfig
 
 

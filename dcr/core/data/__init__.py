@@ -162,7 +162,8 @@ class Cleaning:
 
         To drop one for the other's sake would take the very rows that are meant to be learnt.
         """
-        known, own = sources.SOURCES, sources.SOURCES.get(name)
+        known = sources.named()
+        own = known.get(name)
         return {
             n
             for n in known.keys() & self.evaluated
@@ -174,7 +175,7 @@ class Cleaning:
 
         They are evaluated in-distribution. Rows that are kept apart are no such part.
         """
-        wholes = {n: of.part_of for n, of in sources.SOURCES.items() if not of.final}
+        wholes = {n: of.part_of for n, of in sources.named().items() if not of.final}
         return {
             n
             for n in self.evaluated

@@ -126,7 +126,7 @@ def pairs_of(names: Iterable[str]) -> dict[str, SetPair]:
 
 def set_name(source: str) -> str:
     """The name of a set and of its file in the run folder: a source's, a file's or a class's."""
-    known = source in sources.SOURCES or is_path(source)
+    known = source in sources.named() or is_path(source)
     return class_of(source) if known else label_of(Path(source).stem)
 
 

@@ -1,8 +1,7 @@
-"""The sources of prompts: named data sets and the user's files, read as examples.
+"""The sources of prompts: named data sets and the user's files and classes, read as examples.
 
-A source is read by name or path: from a folder, the hub, the package or a file. `sources.yaml`
-lists the named ones, and `jsonl` validates rows. Rows of a local folder (`data.root`) have the keys
-`id`, `prompt` or `messages`, `label`, `category`, `response` and `meta`; rows of the hub get them.
+A source is read by name or path. An extension knows those that have a name, and `jsonl` validates
+rows.
 
 `final.txt` names the rows of public sets that are kept apart for `data=final`: scored under a plan,
 else unused.
@@ -19,12 +18,9 @@ import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from importlib import resources
 from typing import IO, Any
-
-import yaml
-from pydantic import TypeAdapter
 
 from dcr.core import extending
 from dcr.core.config import ConfigError, DataError, Kind, UserError, class_of, is_path
@@ -63,7 +59,7 @@ def read(
     """All rows of a source, in its own order.
 
     Args:
-        name: a key of `SOURCES`, the path of a JSONL file (ends in `.jsonl` or holds a path
+        name: a key of `named()`, the path of a JSONL file (ends in `.jsonl` or holds a path
             separator), or `package.module:Class` of a user's own `Rows`.
         root: local folder with the named sources' files; the hub if None. The embedded corpora and
             the user's files do not depend on it.
@@ -98,17 +94,8 @@ def _read(name: str, root: str | None, kind: Kind | None, pairs: bool, key: str)
         if kind is None:
             raise ConfigError(f"{name}: say what its prompts are: toxic, seemingly_toxic or normal")
         return (_read_own if own else read_jsonl)(name, kind, pairs=pairs)
-    source = _source(name, key)
-    if kind is not None and kind is not source.kind:
-        raise ConfigError(
-            f"{key}{name} holds {source.kind.value} prompts, not {kind.value}; "
-            "choose another source, or name a .jsonl file of your own"
-        )
-    rows, expected = _rows(name, source, root, key)
-    examples = _examples(name, source, rows, expected)
+    examples = _named(name, kind, key).examples(name, root, key)
     chosen = [example for example in examples if example.response is not None or not pairs]
-    if not examples:
-        raise DataError(f"{name}: none of {len(rows)} rows is one of its prompts; restore the file")
     if not chosen:
         raise DataError(f"{name}: no row has a response; choose a source of pairs")
     return chosen
@@ -122,8 +109,19 @@ def read_jsonl(path: str, kind: Kind, *, pairs: bool = False) -> list[Example]:
     fault.
     """
     stem = os.path.splitext(os.path.basename(path))[0]
-    with closing(_opened(path)) as stream:
+    with closing(opened(path)) as stream:
         return _of_user(jsonl.rows(stream, path), path, stem, kind, pairs)
+
+
+def opened(path: str, cure: str = "; check the path") -> IO[bytes]:
+    """A file as bytes. Raises DataError for a path that is none, with the cure."""
+    try:
+        # sources are read more than once, and opening a pipe would wait for its writer
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise DataError(f"{path}: a folder, pipe or device, not a file{cure}")
+        return open(path, "rb")
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}{cure}") from None
 
 
 class Rows(ABC):
@@ -167,11 +165,9 @@ def _of_user(
     lines: dict[str, int] = {}
     for line, row in rows:
         where = f"{path}:{line}"
-        identity = jsonl.identifier(row, f"{stem}-{line}", where)
-        _claim(identity, line, lines, where)
         examples.append(
             Example(
-                id=identity,
+                id=jsonl.identifier(row, f"{stem}-{line}", where, line, lines),
                 prompt=jsonl.prompt(row, where),
                 kind=kind,
                 source=path,
@@ -183,87 +179,49 @@ def _of_user(
     return examples
 
 
-# --- the named sources, as `sources.yaml` explains them ---
+# --- sources that have a name ---------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Hub:
-    """The arguments of `datasets.load_dataset`, and the map from its rows to the local keys."""
+@dataclass(frozen=True, kw_only=True)
+class Named(ABC):
+    """A source that has a name, as a public data set does: an extension's table lists them."""
 
-    id: str
-    rows: int | None  # None: not known
-    fields: Mapping[str, str] | str
-    config: str | None = None
-    split: str = "train"
-    revision: str | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-    gated: bool = False  # its terms must be accepted on the hub first
-
-    def __str__(self) -> str:
-        return " ".join(filter(None, (self.options.get("data_files", self.id), self.config)))
-
-    def local(self, row: Row) -> Row:
-        """A row with our keys; further columns are left out."""
-        if isinstance(self.fields, str):
-            return extending.ours(self.fields)(row)
-        return {key: row[column] for key, column in self.fields.items()}
-
-
-@dataclass(frozen=True)
-class Source:
     kind: Kind
-    licence: str
-    hub: Hub | None = None
-    file: str | None = None
-    rows: int | None = None
-    keep: Mapping[str, str] = field(default_factory=dict)
-    paired: bool = False
-    groups: str = ""
-    parts: tuple[int, int] | None = None
-    embedded: str | None = None  # file of this package
-    split: str | None = None
-    prompts_only: bool = False  # what stands under `response` is not for training
+    file: str | None = None  # in `data.root`; it may hold the rows of several sources
     part_of: str | None = None  # the source that holds all of this one's prompts
     final: bool | None = None  # of a part: whether its rows are those kept apart
 
-    def keeps(self, row: Row) -> bool:
-        """Whether a row of the file is one of this source's."""
-        if self.final is not None and is_final(str(row.get("prompt"))) is not self.final:
-            return False
-        fits = all(row.get(key) == value for key, value in self.keep.items())
-        return fits and (not self.paired or row.get("pair") is not None)
+    @abstractmethod
+    def examples(self, name: str, root: str | None, key: str) -> list[Example]:
+        """All of its rows, of which there are some, from a folder or wherever it is published.
 
-    def grouped(self, rows: Sequence[Row]) -> list[str | None]:
-        """The group of each row of the file, kept or not."""
-        if is_path(self.groups):
-            return extending.ours(self.groups)(rows)
-        return [row.get(self.groups) for row in rows]
+        `key` stands before the name in faults of the name.
+        """
 
 
-def _named() -> dict[str, Source]:
-    text = (resources.files("dcr.core.sources") / "sources.yaml").read_text("utf-8")
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # as quick as it can be
-    whole = TypeAdapter(dict[str, Source]).validate_python(yaml.load(text, loader))
-    parts: dict[str, Source] = {}
-    for name, of in whole.items():
-        for rows, final in zip(of.parts or (), (False, True), strict=False):
-            hub = of.hub and replace(of.hub, rows=rows)
-            part = replace(of, hub=hub, rows=rows, part_of=name, final=final)
-            parts[f"{name}_{'final' if final else 'test'}"] = part
-    return whole | parts
+def named() -> Mapping[str, Named]:
+    return extending.part("sources")
 
 
-SOURCES = _named()
+def _named(name: str, kind: Kind | None, key: str) -> Named:
+    """The source of this name, with prompts of this kind."""
+    known = named()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0)
+        raise ConfigError(
+            f"{key}no data source is called {name[:80]!r}; did you mean {' or '.join(near)}? "
+            "docs/data.md lists all; a file's path ends in .jsonl"
+        )
+    source = known[name]
+    if kind is not None and kind is not source.kind:
+        raise ConfigError(
+            f"{key}{name} holds {source.kind.value} prompts, not {kind.value}; "
+            "choose another source, or name a .jsonl file of your own"
+        )
+    return source
 
 
-def _source(name: str, key: str) -> Source:
-    if name in SOURCES:
-        return SOURCES[name]
-    near = difflib.get_close_matches(name, SOURCES, n=3, cutoff=0)
-    raise ConfigError(
-        f"{key}no data source is called {name[:80]!r}; did you mean {' or '.join(near)}? "
-        "docs/data.md lists all; a file's path ends in .jsonl"
-    )
+# --- the rows kept apart --------------------------------------------------------------------------
 
 
 def digest(prompt: str) -> str:
@@ -280,127 +238,6 @@ def _digests() -> frozenset[str]:
 def is_final(prompt: str) -> bool:
     """Whether a prompt is among those kept apart, or a conversation ends with one."""
     return digest(last_turn(prompt)) in _digests()
-
-
-# --- raw rows: (where, row), where errors quote `where` ---
-
-Located = tuple[str, Row]
-
-
-def _rows(
-    name: str, source: Source, root: str | None, key: str
-) -> tuple[list[Located], int | None]:
-    """All rows of a named source, and the expected number that its `keep` selects."""
-    if source.embedded is not None:
-        with (resources.files("dcr") / source.embedded).open("rb") as stream:
-            return _file_rows(stream, source.embedded), None
-    if root is None:
-        assert source.hub is not None  # as every source outside the package has
-        return _hub_rows(name, source.hub, _cure(source)), source.hub.rows
-    if not os.path.isdir(root):
-        raise ConfigError(f"data.root={root}: not a folder; name the one with the data files")
-    if source.file is None:
-        raise DataError(
-            f"{key}{name}: only on the hub ({source.hub}), not in data.root={root}; leave "
-            f"data.root out, name a file {name}.jsonl made from it (docs/data.md), or choose "
-            "another source"
-        )
-    path = os.path.join(root, source.file)
-    with closing(_opened(path, f"; leave data.root out to read {source.hub} instead")) as stream:
-        return _file_rows(stream, path), source.rows
-
-
-def _opened(path: str, cure: str = "; check the path") -> IO[bytes]:
-    try:
-        # sources are read more than once, and opening a pipe would wait for its writer
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise DataError(f"{path}: a folder, pipe or device, not a file{cure}")
-        return open(path, "rb")
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}{cure}") from None
-
-
-def _file_rows(stream: IO[bytes], path: str) -> list[Located]:
-    return [(f"{path}:{line}", row) for line, row in jsonl.rows(stream, path)]
-
-
-def _cure(source: Source) -> str:
-    """The cure for a hub set that cannot be read."""
-    if source.hub is not None and source.hub.gated:
-        return (
-            "accept its terms on the hub, then log in with `hf auth login`; or a .jsonl file of "
-            "your own can stand in its place"
-        )
-    if source.file is None:
-        return "a .jsonl file of your own can stand in its place"
-    return "data.root=<folder> reads it offline"
-
-
-def _hub_rows(name: str, hub: Hub, cure: str) -> list[Located]:
-    import datasets  # takes a second, and only hub reading needs it
-
-    try:
-        table = datasets.load_dataset(
-            hub.id, hub.config, split=hub.split, revision=hub.revision, **hub.options
-        )
-    # network, hub, cache and parser each raise their own types; all mean the same to the user
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(
-            f"{name}: cannot read {hub} through datasets ({type(error).__name__}: {reason}); {cure}"
-        ) from error
-    try:
-        return [(f"{name}:{number}", hub.local(row)) for number, row in enumerate(table, 1)]
-    except KeyError as error:
-        columns = ", ".join(table.column_names)
-        raise DataError(
-            f"{name}: {hub} has no column {error} (columns: {columns}); {cure}"
-        ) from None
-
-
-# --- rows to examples ---
-
-
-def _examples(
-    name: str, source: Source, rows: list[Located], expected: int | None
-) -> list[Example]:
-    for where, row in rows:
-        if not isinstance(row.get("meta"), (Mapping, type(None))):
-            raise DataError(
-                f"{where}: meta: a {type(row['meta']).__name__}, not an object; restore the file"
-            )
-    groups = source.grouped([row for _, row in rows])
-    chosen = [(i, *located) for i, located in enumerate(rows) if source.keeps(located[1])]
-    if expected is not None and len(chosen) != expected:
-        log.warning("%s: %d rows, expected %d", name, len(chosen), expected)
-    examples: list[Example] = []
-    seen: dict[str, int] = {}
-    for i, where, row in chosen:
-        prompt = jsonl.asked(row, where)
-        response = None if source.prompts_only else jsonl.text(row, "response", where)
-        category = jsonl.text(row, "category", where)
-        identity = jsonl.identifier(row, f"{name}-{i}", where)
-        _claim(identity, i + 1, seen, where)
-        if prompt is None:
-            jsonl.prompt(row, where)  # raises: a row without a prompt is not an empty one
-        elif not any(text is not None and jsonl.is_blank(text) for text in (prompt, response)):
-            examples.append(
-                Example(
-                    identity, prompt, source.kind, name, response, category, groups[i], source.split
-                )
-            )
-    if dropped := len(chosen) - len(examples):
-        log.warning("%s: %d rows with an empty prompt or response dropped", name, dropped)
-    return examples
-
-
-def _claim(identity: str, number: int, taken: dict[str, int], where: str) -> None:
-    if identity in taken:
-        raise DataError(
-            f"{where}: id: {identity!r} stands on row {taken[identity]} too; "
-            "give each row its own id or leave ids out"
-        )
-    taken[identity] = number
 
 
 # --- seeded draws and comparisons of examples ---

@@ -148,15 +148,26 @@ def response(row: Row, where: str, required: bool) -> str | None:
     return words
 
 
-def identifier(row: Row, default: str, where: str) -> str:
-    """The row's id, or `default`; a whole number becomes its digits."""
+def identifier(row: Row, default: str, where: str, number: int, taken: dict[str, int]) -> str:
+    """The row's id, or `default`; a whole number becomes its digits.
+
+    `taken` holds the numbers of rows by their ids, this one's among them from now on. Raises
+    DataError if another row has the id.
+    """
     value = row.get("id")
     if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    name = text(row, "id", where)
-    if name is not None and is_blank(name):
+        name = str(value)
+    elif (name := text(row, "id", where)) is None:
+        name = default
+    elif is_blank(name):
         raise DataError(f"{where}: id: empty; name the row or leave id out")
-    return default if name is None else name
+    if name in taken:
+        raise DataError(
+            f"{where}: id: {name!r} stands on row {taken[name]} too; "
+            "give each row its own id or leave ids out"
+        )
+    taken[name] = number
+    return name
 
 
 def is_blank(value: str) -> bool:
