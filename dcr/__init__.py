@@ -4,5 +4,9 @@ __version__ = "0.1.0"
 # What extensions do for the core, by the names under which `dcr.core.extending.part` asks for it.
 # What settings choose between stands in the table of `dcr.extensions`.
 PARTS: dict[str, str] = {
+    "batch_size": "dcr.headroom:batch_size",
+    "free_threads": "dcr.headroom:free_threads",
+    "made_with": "dcr.headroom:made_with",
+    "recorded": "dcr.headroom:recorded",
     "sources": "dcr.public:SOURCES",
 }

@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
-from dcr import decoding
+from dcr import decoding, headroom
 from dcr.activations import Site
 from dcr.core import generation, machine, models, prompts, storage
 from dcr.core import passes as core_passes
@@ -283,7 +283,7 @@ STATEFUL: dict[str, Any] = {
 
 @pytest.mark.parametrize("kind", STATEFUL)
 def test_a_model_without_attention_has_a_batch_size_as_well(kind: str) -> None:
-    assert generation.prompt_bytes(STATEFUL[kind], 4, 10, 10) > 0
+    assert headroom.prompt_bytes(STATEFUL[kind], 4, 10, 10) > 0
 
 
 @pytest.mark.parametrize("kind", STATEFUL)
@@ -621,7 +621,7 @@ def test_a_prompts_memory_is_what_a_hand_counts_and_its_cache_holds(policy: Poli
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     # two blocks of two heads with 8 channels, keys and values, four bytes each
     assert held == 2 * 2 * 2 * 8 * 4 * len(ids)
-    counted = generation.prompt_bytes(policy.model.config, 4, len(ids), 10)
+    counted = headroom.prompt_bytes(policy.model.config, 4, len(ids), 10)
     kept = 2 * 2 * 2 * 8 * 4 * (len(ids) + 10)
     logits = 3 * 260 * 4
     block = len(ids) * (2 * 32 + 3 * 32 + 3 * 48) * 4
@@ -642,19 +642,19 @@ def test_as_many_prompts_as_free_memory_holds(
     policy: Policy, monkeypatch: pytest.MonkeyPatch, device: str, free: int, expected: int
 ) -> None:
     config = policy.model.config
-    each = generation.prompt_bytes(config, 2, 40, 20)
-    monkeypatch.setattr(generation, "free_bytes", lambda _: free * each)
+    each = headroom.prompt_bytes(config, 2, 40, 20)
+    monkeypatch.setattr(headroom, "free_bytes", lambda _: free * each)
     model = SimpleNamespace(config=config, dtype=torch.bfloat16, device=torch.device(device))
-    monkeypatch.setattr(generation, "unwrapped", lambda model: model)
-    assert generation.batch_size(model, 40, 20) == expected
+    monkeypatch.setattr(headroom, "unwrapped", lambda model: model)
+    assert headroom.batch_size(model, 40, 20) == expected
 
 
 def test_without_a_batch_size_the_measured_one_is_used(
     policy: Policy, monkeypatch: pytest.MonkeyPatch, passes: list[int]
 ) -> None:
     longest = max(len(chat_of(policy).prompt_ids(text)) for text in PROMPTS)
-    each = generation.prompt_bytes(policy.model.config, 4, longest, NEW)
-    monkeypatch.setattr(generation, "free_bytes", lambda _: int(6.5 * each))
+    each = headroom.prompt_bytes(policy.model.config, 4, longest, NEW)
+    monkeypatch.setattr(headroom, "free_bytes", lambda _: int(6.5 * each))
     run(policy, None)
     assert max(passes) == 5
     passes.clear()
@@ -666,7 +666,7 @@ def test_what_torch_holds_in_reserve_on_a_gpu_is_free(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (100, 1000))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 70)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 50)
-    assert generation.free_bytes(torch.device("cuda")) == 120
+    assert headroom.free_bytes(torch.device("cuda")) == 120
 
 
 def test_a_control_groups_limit_bounds_what_is_free(tmp_path: Path) -> None:
@@ -682,14 +682,14 @@ def test_a_control_groups_limit_bounds_what_is_free(tmp_path: Path) -> None:
         (folder / "memory.current").write_text(f"{used}\n")
         (folder / "memory.stat").write_text(f"anon 1\ninactive_file {files}\n")
 
-    assert generation.bytes_left(machine.control_groups(root, own)) == 2**62  # no such folders
+    assert headroom.bytes_left(headroom.control_groups(root, own)) == 2**62  # no such folders
     group("slice/job", "max", 10, 0)
-    assert generation.bytes_left(machine.control_groups(root, own)) == 2**62
+    assert headroom.bytes_left(headroom.control_groups(root, own)) == 2**62
     group("slice", "1000", 400, 50)
-    assert generation.bytes_left(machine.control_groups(root, own)) == 650
+    assert headroom.bytes_left(headroom.control_groups(root, own)) == 650
     group("slice/job", "500", 10, 0)
-    assert generation.bytes_left(machine.control_groups(root, own)) == 490
-    assert 0 < generation.free_bytes(torch.device("cpu")) < 2**50
+    assert headroom.bytes_left(headroom.control_groups(root, own)) == 490
+    assert 0 < headroom.free_bytes(torch.device("cpu")) < 2**50
 
 
 # --- a server -----------------------------------------------------------------------------------

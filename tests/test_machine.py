@@ -7,6 +7,7 @@ import psutil
 import pytest
 import torch
 
+from dcr import headroom
 from dcr.core import machine
 
 FOUR = [0, 1, 2, 3]
@@ -17,8 +18,8 @@ def idle(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Four cores, idle, without OMP_NUM_THREADS, control groups or an effect on this process."""
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(machine, "cores", lambda: FOUR)
-    monkeypatch.setattr(machine, "held_by_others", lambda _: 0.0)
-    monkeypatch.setattr(machine, "control_groups", list)
+    monkeypatch.setattr(headroom, "held_by_others", lambda _: 0.0)
+    monkeypatch.setattr(headroom, "control_groups", list)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     return monkeypatch
 
@@ -32,8 +33,8 @@ def test_it_takes_what_is_free(
     idle: pytest.MonkeyPatch, tmp_path: Path, held: float, granted: str, number: int
 ) -> None:
     (tmp_path / "cpu.max").write_text(f"{granted} 100000\n")
-    idle.setattr(machine, "held_by_others", lambda _: held)
-    idle.setattr(machine, "control_groups", lambda: [tmp_path])
+    idle.setattr(headroom, "held_by_others", lambda _: held)
+    idle.setattr(headroom, "control_groups", lambda: [tmp_path])
     assert machine.chosen_threads(None)[0] == number
 
 
@@ -42,21 +43,21 @@ def test_the_tightest_group_counts(tmp_path: Path) -> None:
     own.write_text("0::/slice/job\n")
     inner = tmp_path / "root" / "slice" / "job"
     inner.mkdir(parents=True)
-    assert machine.quota(machine.control_groups(tmp_path / "root", own)) == math.inf
+    assert headroom.quota(headroom.control_groups(tmp_path / "root", own)) == math.inf
     (inner / "cpu.max").write_text("max 100000\n")
     (inner.parent / "cpu.max").write_text("150000 100000\n")
-    assert machine.quota(machine.control_groups(tmp_path / "root", own)) == 1.5
+    assert headroom.quota(headroom.control_groups(tmp_path / "root", own)) == 1.5
 
 
 def test_a_core_counts_as_taken_while_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """A program that has just ended or just begun holds no core: the load lags behind."""
     now = [100.0, 50.0, 0.0, 0.0, 100.0]  # the last is not ours
     monkeypatch.setattr(psutil, "cpu_percent", lambda **_: now)
-    monkeypatch.setattr(machine.os, "getloadavg", lambda: (2.0, 0.0, 0.0))
-    assert machine.held_by_others(FOUR) == 1.5
-    monkeypatch.setattr(machine.os, "getloadavg", lambda: (0.25, 0.0, 0.0))
-    assert machine.held_by_others(FOUR) == 0.25
-    assert machine.held_by_others([2, 3]) == 0
+    monkeypatch.setattr(headroom.os, "getloadavg", lambda: (2.0, 0.0, 0.0))
+    assert headroom.held_by_others(FOUR) == 1.5
+    monkeypatch.setattr(headroom.os, "getloadavg", lambda: (0.25, 0.0, 0.0))
+    assert headroom.held_by_others(FOUR) == 0.25
+    assert headroom.held_by_others([2, 3]) == 0
 
 
 def test_the_user_the_environment_and_the_run_come_first(

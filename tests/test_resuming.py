@@ -26,8 +26,8 @@ from tiny_run import (
     weights,
 )
 
-from dcr import train
-from dcr.core import generation, models, storage, training
+from dcr import headroom, train
+from dcr.core import models, storage, training
 from dcr.core.config import Method, UserError
 from dcr.core.config.training import SFTConfig, TrainConfig
 from dcr.core.data.rows import PairBatch
@@ -242,7 +242,7 @@ def test_passes_follow_from_the_settings_however_little_memory_is_free(
     tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another number would draw other dropout masks, and weights would tell of the machine."""
-    monkeypatch.setattr(generation, "free_bytes", lambda _: 0)
+    monkeypatch.setattr(headroom, "free_bytes", lambda _: 0)
     sft, run = replace(tiny.sft, micro_tokens=SFTConfig().micro_tokens), Run(tmp_path / "run")
     passes: list[int] = []
     kept = SFTModule.training_step

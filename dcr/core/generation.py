@@ -7,28 +7,22 @@ import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
-import psutil
 import torch
 from jaxtyping import Float
 from pydantic import FiniteFloat
 from torch import Tensor
 from transformers import SequenceBiasLogitsProcessor
 
-from dcr.core import machine, passes, thoughts
+from dcr.core import extending, machine, passes, thoughts
 from dcr.core.config import ConfigError, DataError
 from dcr.core.config.evaluation import GenConfig
 from dcr.core.models import Policy, structure
-from dcr.core.models.structure import unwrapped
 from dcr.core.prompts import ChatFormat, special_tokens
 from dcr.core.sources import Example
 
 log = logging.getLogger(__name__)
-
-SHARE = 0.8  # of the free memory; fragments and uncounted tensors take the rest
-MOST = {"cuda": 512, "cpu": 64}  # more prompts at once take longer and decode no faster
 
 Row = TypeVar("Row")
 Done = TypeVar("Done")
@@ -242,56 +236,7 @@ def finite(scores: Float[Tensor, "rows"]) -> Float[Tensor, "rows"]:
 
 def batch_size(model: Any, prompt_tokens: int, new_tokens: int) -> int:
     """The number of prompts of at most `prompt_tokens` to decode at once on the model's device."""
-    owner = unwrapped(model)
-    each = prompt_bytes(owner.config, owner.dtype.itemsize, prompt_tokens, new_tokens)
-    fitting = int(SHARE * free_bytes(owner.device)) // each
-    return max(1, min(MOST.get(owner.device.type, MOST["cpu"]), fitting))
-
-
-def prompt_bytes(config: Any, itemsize: int, prompt_tokens: int, new_tokens: int) -> int:
-    """The bytes of one prompt: its keys and values, its logits, and its widest block's input.
-
-    Keys and values of every block stay for all of its tokens. Logits count three times: in the
-    head's type, in fp32, and as probabilities. While the prompt is read, a block holds its residual
-    stream twice, its projections, and three times its inner width.
-    """
-    text = config.get_text_config(decoder=True)
-    heads = getattr(text, "num_attention_heads", None) or 1  # some models keep a state, no keys
-    head_width = getattr(text, "head_dim", None) or text.hidden_size // heads
-    key_heads = getattr(text, "num_key_value_heads", None) or heads
-    inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-    cache = 2 * text.num_hidden_layers * key_heads * head_width * (prompt_tokens + new_tokens)
-    block = prompt_tokens * (2 * text.hidden_size + 3 * heads * head_width + 3 * inner)
-    return itemsize * (cache + block) + 3 * 4 * text.vocab_size
-
-
-def free_bytes(device: torch.device) -> int:
-    """The memory that this process may still take; on a GPU it includes torch's own reserve."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return min(psutil.virtual_memory().available, bytes_left(machine.control_groups()))
-
-
-def bytes_left(groups: Sequence[Path]) -> int:
-    """The bytes that the limits of control groups leave, as in a container or a Slurm job.
-
-    Beyond such a limit the kernel kills the process, which can catch no error. The machine's free
-    memory does not show the limit.
-    """
-    least = 2**62
-    for group in groups:
-        try:
-            limit = (group / "memory.max").read_text().strip()
-            used = int((group / "memory.current").read_text())
-            stat = (group / "memory.stat").read_text().splitlines()
-        except OSError:  # the root has no limit, and other systems have no such files
-            continue
-        if limit != "max":
-            # file pages not in use are given back before anything is killed
-            reclaimed = int(dict(line.split() for line in stat).get("inactive_file", 0))
-            least = min(least, int(limit) - used + reclaimed)
-    return least
+    return extending.part("batch_size")(model, prompt_tokens, new_tokens)
 
 
 def halving(

@@ -10,25 +10,20 @@
 bf16 that a CPU emulates is many times slower than fp32. fp16 with a gradient scaler would save no
 memory on an older GPU, since weights and optimiser states stay in fp32.
 
-Torch gets as many threads as cores that the process may use and others leave free: a step of two
-threads where another process holds one of two cores takes many times that of one thread, since
-every product waits for the slower half.
-
 Rows are grouped by length, so that little is padded.
 Torch is imported in functions: help, a plan and a user's error do not wait for it.
 """
 
 import logging
-import math
 import os
 import resource
 from collections.abc import Collection, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Bool, Int
 
+from dcr.core import extending
 from dcr.core.config import ConfigError, Precision
 
 if TYPE_CHECKING:
@@ -46,8 +41,6 @@ PROCESSES_A_CORE = 4  # slow, but a way to try several; more is a slip of the fi
 OUT_OF_MEMORY = (
     *("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED"),
 )
-LOOK = 0.2  # seconds over which cores that others hold are counted
-CGROUPS = Path("/sys/fs/cgroup")
 ANY_NUMBER = "trainer.threads=<n> for another number"
 
 
@@ -238,12 +231,8 @@ def chosen_threads(asked: int | None, before: int | None = None) -> tuple[int, s
     mine = cores()
     if before:
         return min(before, len(mine)), f"as this run began; {ANY_NUMBER}"
-    held, granted = held_by_others(mine), quota(control_groups())
-    why = f"of {len(mine)} cores, {held:.1f} held by others"
-    if granted < len(mine):
-        why += f", {granted:g} granted by the cgroup"
-    free = min(most, granted, round(len(mine) - held))
-    return max(1, int(free)), f"{why}; {ANY_NUMBER}"
+    number, why = extending.part("free_threads")(most, mine)
+    return number, f"{why}; {ANY_NUMBER}"
 
 
 def cores() -> list[int]:
@@ -251,37 +240,6 @@ def cores() -> list[int]:
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
-
-
-def held_by_others(mine: list[int]) -> float:
-    """The number of these cores that other processes have held for a minute and still hold.
-
-    A process that has ended, such as the command before this one, holds none.
-    """
-    import psutil  # not at the top: help does not wait for it
-
-    now = psutil.cpu_percent(interval=LOOK, percpu=True)
-    return min(sum(now[core] for core in mine if core < len(now)) / 100, os.getloadavg()[0])
-
-
-def control_groups(root: Path = CGROUPS, own: Path = Path("/proc/self/cgroup")) -> list[Path]:
-    """This process's control groups (version 2), the innermost first, as in a container or a job.
-
-    The limits of each one hold. The list is empty without control groups.
-    """
-    lines = own.read_text().splitlines() if own.is_file() else []
-    path = next((line.removeprefix("0::") for line in lines if line.startswith("0::")), "/")
-    group = root / path.strip("/")
-    return [each for each in (group, *group.parents) if each.is_relative_to(root)]
-
-
-def quota(groups: Sequence[Path]) -> float:
-    """The cores' worth of time that control groups grant; infinite if none sets a limit."""
-    least = math.inf
-    for file in (group / "cpu.max" for group in groups):
-        most, period = file.read_text().split() if file.is_file() else ("max", "")
-        least = least if most == "max" else min(least, int(most) / int(period))
-    return least
 
 
 # --- memory ---------------------------------------------------------------------------------------

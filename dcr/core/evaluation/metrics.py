@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dcr.core import extending, machine, storage
+from dcr.core import extending, machine
 from dcr.core.config import ConfigError, Kind
 from dcr.core.config.evaluation import EvalConfig
 from dcr.core.evaluation import protocols, scoring, sets, subjects
@@ -137,8 +137,7 @@ def _write(
     metrics, folder = file.merged(blocks), file.folder
     for change in protocols.changes(subject.settings):
         metrics |= change.noted(subject, folder)
-    if (made := folder / subjects.DECODING).is_file():
-        metrics["decoding"] = storage.read_json(made, subjects.Made)
+    metrics |= extending.part("made_with")(folder)
     metrics["seconds"] = round(time.perf_counter() - began, 1)
     metrics["peak_memory_gib"] = round(machine.peak_memory_gib(), 2)
     return metrics, file.write(metrics)

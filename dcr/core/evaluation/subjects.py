@@ -13,9 +13,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-from typing_extensions import TypedDict
-
 from dcr.core import extending, generation, machine, models, prompts, refusal, storage
 from dcr.core.config import (
     EMBEDDED_MODEL,
@@ -38,18 +35,6 @@ from dcr.core.sources import Example
 from dcr.core.text import turns_of
 
 log = logging.getLogger(__name__)
-
-DECODING = "decoding.json"  # beside the answers
-
-
-class Made(TypedDict):
-    """The threads and largest batches that the answers of one folder were made with.
-
-    Neither is in the folder's name.
-    """
-
-    threads: list[int]
-    batch_size: list[int]
 
 
 @dataclass(frozen=True)
@@ -208,24 +193,12 @@ class Local(Subject):
         return next(filter(None, brought), None)
 
     def answers(self, asked: Sequence[PromptSet], folder: Path) -> Answers:
-        sizes: set[int] = set()
         self.begin(asked, folder)
-
-        def noted(batch: list[Completion]) -> list[Completion]:
-            sizes.add(len(batch))
-            return batch
-
-        def plainly(rows: list[Example]) -> Iterator[list[Completion]]:
-            return map(noted, self.answer(rows))
-
-        ask: Ask = plainly
+        ask: Ask = extending.part("recorded")(self, folder)
         for change in protocols.changes(self.settings):
             ask = change.answering(self, asked, folder, ask)
         progress = self.settings.trainer.progress
-        given = sets.kept(asked, ask, folder, Completion, "generating", progress)
-        if sizes:
-            _note_decoding(folder, self.settings.trainer.devices, max(sizes))
-        return given
+        return sets.kept(asked, ask, folder, Completion, "generating", progress)
 
     def answer(self, rows: list[Example]) -> Iterator[list[Completion]]:
         """Completions of the rows, as they end."""
@@ -326,15 +299,3 @@ def _content(folder: Path) -> list[str]:
         beneath = Path(folders.adapter_base(folder))
         content += _content(beneath) if beneath.is_dir() else [str(beneath)]
     return content
-
-
-def _note_decoding(folder: Path, processes: int, largest: int) -> None:
-    """Keeps the number of threads and of prompts at once that answers in `folder` were made with.
-
-    Both change a near tie's last bits, and with them perhaps a text.
-    """
-    file = folder / DECODING
-    before = storage.read_json(file, Made) if file.is_file() else Made(threads=[], batch_size=[])
-    threads = {*before["threads"], max(1, torch.get_num_threads() // processes)}
-    sizes = {*before["batch_size"], largest}
-    storage.write_json(file, Made(threads=sorted(threads), batch_size=sorted(sizes)))
