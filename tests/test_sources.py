@@ -19,8 +19,7 @@ from hypothesis import strategies as st
 from dcr import contamination
 from dcr.core import data, sources
 from dcr.core.config import ConfigError, DataError, Kind
-from dcr.core.sources import Example
-from dcr.core.sources.jsonl import LONGEST_LINE
+from dcr.core.sources import LONGEST_LINE, Example
 from dcr.public import SOURCES
 from dcr.public.raw import xstest_groups
 from tests.tiny_run import DATA, real, write_jsonl

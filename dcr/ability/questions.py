@@ -13,9 +13,9 @@ from typing import Any, NotRequired
 
 from typing_extensions import TypedDict
 
+from dcr.core import sources as jsonl
 from dcr.core.config import DataError
-from dcr.core.sources import jsonl
-from dcr.core.sources.jsonl import Row
+from dcr.core.sources import Row
 
 log = logging.getLogger(__name__)
 

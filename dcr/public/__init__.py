@@ -1,7 +1,8 @@
 """The sources that have a name: public data sets, and the corpora of the package.
 
 `sources.yaml` lists them. Rows of a local folder (`data.root`) have the keys `id`, `prompt` or
-`messages`, `label`, `category`, `response` and `meta`; rows of the hub get them, some of them by `raw`.
+`messages`, `label`, `category`, `response` and `meta`; rows of the hub get them, some
+by `raw`.
 """
 
 import logging
@@ -15,10 +16,9 @@ from typing import IO, Any
 import yaml
 from pydantic import TypeAdapter
 
-from dcr.core import extending
+from dcr.core import extending, sources
 from dcr.core.config import ConfigError, DataError, is_path
-from dcr.core.sources import Example, Named, is_final, jsonl, opened
-from dcr.core.sources.jsonl import Row
+from dcr.core.sources import Example, Named, Row, is_final, opened
 
 log = logging.getLogger(__name__)
 
@@ -90,13 +90,13 @@ class Source(Named):
         examples: list[Example] = []
         seen: dict[str, int] = {}
         for i, where, row in chosen:
-            prompt = jsonl.asked(row, where)
-            response = None if self.prompts_only else jsonl.text(row, "response", where)
-            category = jsonl.text(row, "category", where)
-            identity = jsonl.identifier(row, f"{name}-{i}", where, i + 1, seen)
+            prompt = sources.asked(row, where)
+            response = None if self.prompts_only else sources.text(row, "response", where)
+            category = sources.text(row, "category", where)
+            identity = sources.identifier(row, f"{name}-{i}", where, i + 1, seen)
             if prompt is None:
-                jsonl.prompt(row, where)  # raises: a row without a prompt is not an empty one
-            elif not any(text is not None and jsonl.is_blank(text) for text in (prompt, response)):
+                sources.prompt(row, where)  # raises: a row without a prompt is not an empty one
+            elif not any(sources.is_blank(text) for text in (prompt, response) if text is not None):
                 of = (self.kind, name, response, category, groups[i], self.split)
                 examples.append(Example(identity, prompt, *of))
         if dropped := len(chosen) - len(examples):
@@ -148,7 +148,7 @@ def _located(
 
 
 def _file_rows(stream: IO[bytes], path: str) -> list[Located]:
-    return [(f"{path}:{line}", row) for line, row in jsonl.rows(stream, path)]
+    return [(f"{path}:{line}", row) for line, row in sources.rows(stream, path)]
 
 
 def _cure(source: Source) -> str:

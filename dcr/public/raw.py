@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import scipy
 
-from dcr.core.sources.jsonl import Row
+from dcr.core.sources import Row
 from dcr.core.text import normalise
 
 # safe types whose contrasts have another name

@@ -9,7 +9,7 @@ from dcr.core import sources
 from dcr.core.config import ConfigError, DataConfig, DataError, Kind, is_path
 from dcr.core.config.training import TrainConfig
 from dcr.core.data import Cleaning, Splits, overlaps, split_by_group, without
-from dcr.core.sources import Example, jsonl
+from dcr.core.sources import Example
 from dcr.public import SOURCES
 from dcr.stl_aug import AugmentConfig
 
@@ -122,4 +122,4 @@ def _place(name: str, row: Example) -> str:
     if is_path(name):
         return f"{name}:{number + 1}"
     with open(name, "rb") as stream:
-        return f"{name}:{[line for line, _ in jsonl.rows(stream, name)][number]}"
+        return f"{name}:{[line for line, _ in sources.rows(stream, name)][number]}"

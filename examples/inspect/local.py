@@ -23,7 +23,7 @@ from inspect_ai.solver import TaskState
 from inspect_evals.strong_reject.scorer import jailbreak_rate
 
 from dcr import keywords
-from dcr.core.sources import jsonl
+from dcr.core import sources
 
 SCRIPTED = "scripted"
 XSTEST = {"complied": "C", "partial": "P", "refused": "I", "empty": "I"}
@@ -74,7 +74,7 @@ def strong_reject_here(file: str, grader: str = SCRIPTED) -> Task:
 def _rows(file: str) -> Iterator[Mapping[str, Any]]:
     """The rows of a file with the keys of docs/data.md."""
     with Path(file).open("rb") as stream:
-        yield from (row for _, row in jsonl.rows(stream, file))
+        yield from (row for _, row in sources.rows(stream, file))
 
 
 def _made(name: str, reader: str, rows: list[Any], **options: Any) -> Task:
