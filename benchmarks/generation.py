@@ -36,11 +36,12 @@ from rich.table import Table
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from dcr import cli, extensions, resolving
-from dcr.core import generation, models, prompts, refusal, sources
+from dcr.core import generation, models, prompts, sources
 from dcr.core.config import Kind, Precision
 from dcr.core.config.evaluation import GenConfig
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
+from dcr.core.refusal import opening as refusal
 from dcr.core.sources import Example
 from dcr.extensions import TrainSettings
 

@@ -32,10 +32,11 @@ from rich.table import Table
 from dcr import cli, extensions, resolving
 from dcr.contrast import ContrastConfig
 from dcr.contrast.decoding import asked_for
-from dcr.core import generation, models, prompts, refusal, sources
+from dcr.core import generation, models, prompts, sources
 from dcr.core.config import Kind, Precision
 from dcr.core.models import Policy, folders, structure
 from dcr.core.prompts import ChatFormat
+from dcr.core.refusal import opening as refusal
 from dcr.core.runs import Run
 from dcr.core.sources import Example
 from dcr.extensions import EvalSettings

@@ -20,12 +20,13 @@ from typing_extensions import TypedDict
 
 from dcr import calibration, entry, export, extensions, gating, inference, study
 from dcr import eval as evaluation
-from dcr.core import config, continuing, refusal, storage
+from dcr.core import config, continuing, storage
 from dcr.core.config import ConfigError, DataConfig, Kind, Stage
 from dcr.core.config.evaluation import EvalConfig
 from dcr.core.config.training import TrainConfig
 from dcr.core.evaluation import sets
 from dcr.core.evaluation.sets import PromptSet
+from dcr.core.refusal import keywords as refusal
 from dcr.core.runs import Run
 from dcr.ending import single_line
 from dcr.extensions import EvalSettings

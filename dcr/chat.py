@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dcr import ending, entry, extensions, keywords, repetition, resolving
-from dcr.core import machine, prompts, refusal
+from dcr.core import machine, prompts
 from dcr.core.config import (
     ConfigError,
     DataError,
@@ -138,16 +138,17 @@ class Dialogue:
 
         from dcr.calibration import biases
         from dcr.core import generation
+        from dcr.core.refusal import opening
         from dcr.gating import answers
 
         tokenizer = self.chat.tokenizer
-        openings = refusal.refusal_openings(self.chat)
+        openings = opening.refusal_openings(self.chat)
         (answer,), masses = generation.continued(
             self.policy,
             self.chat,
             [ids],
             self.max_new_tokens,
-            score=lambda logits: refusal.refusal_mass(logits, openings),
+            score=lambda logits: opening.refusal_mass(logits, openings),
             streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),  # pyright: ignore
             bias=answers.shut(biases.opening_place(self.chat)) if self.gate else None,
         )

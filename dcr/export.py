@@ -337,11 +337,11 @@ def _first_logits(policy: "Policy", chat: ChatFormat, settings: EvalSettings) ->
     import torch
 
     from dcr.calibration import biases
-    from dcr.core import refusal
+    from dcr.core.refusal import opening
 
     rows = [row for asked in biases.validation(settings, COMPARED) for row in asked.rows]
     encoded = [chat.prompt_ids(row.prompt) for row in rows]
-    found = list(refusal.first_logits(policy.model, encoded))
+    found = list(opening.first_logits(policy.model, encoded))
     order = torch.tensor([place for places, _ in found for place in places]).argsort()
     return torch.cat([logits.float().cpu() for _, logits in found])[order]
 

@@ -16,12 +16,13 @@ from typing import Any, TypeVar
 import torch
 
 from dcr import ending
-from dcr.core import generation, passes, refusal
+from dcr.core import generation, passes
 from dcr.core.config import UserError
 from dcr.core.config.evaluation import EvalConfig
 from dcr.core.evaluation.subjects import Local, Opening
 from dcr.core.generation import Completion
 from dcr.core.passes import Passes
+from dcr.core.refusal import opening as refusal
 from dcr.core.sources import Example
 
 Row = TypeVar("Row")

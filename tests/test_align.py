@@ -18,9 +18,10 @@ from tiny_run import same
 
 from dcr import align, gate, study
 from dcr.calibration import CalibrationConfig
-from dcr.core import refusal, storage
+from dcr.core import storage
 from dcr.core.config import ConfigError, DataConfig, EvaluationSets
 from dcr.core.evaluation.sets import PromptSet
+from dcr.core.refusal import keywords, opening
 from dcr.core.runs import Run
 from dcr.extensions import EvalSettings
 from dcr.gate import Recipe
@@ -70,7 +71,8 @@ def test_a_model_of_ones_own_ends_as_page_and_export(
     def some(response: str, rules: str = "paper") -> bool:  # a model this small refuses nothing
         return response < "M"
 
-    monkeypatch.setattr(refusal, "is_refusal", some)
+    for module in (keywords, opening):  # the command's own, and that of what chooses a bias
+        monkeypatch.setattr(module, "is_refusal", some)
     monkeypatch.setattr(align, "LEARNT", 0.0)
     monkeypatch.setattr(align, "elsewhere", lambda _: True)
     asked = [f"out={tmp_path}", *free(words), "sft.readout.steps=2"]
@@ -208,7 +210,8 @@ def test_what_no_bias_brings_to_stls_safety_costs_neither_page_nor_export(
 def test_a_model_of_ones_own_that_is_killed_again_and_again_ends_the_same(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(refusal, "is_refusal", lambda response, rules="paper": response < "M")
+    for module in (keywords, opening):
+        monkeypatch.setattr(module, "is_refusal", lambda response, rules="paper": response < "M")
     monkeypatch.setattr(align, "LEARNT", 0.0)
     monkeypatch.setattr(align, "elsewhere", lambda _: True)
 

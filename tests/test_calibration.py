@@ -19,12 +19,13 @@ from dcr import cli, export, train
 from dcr import eval as eval_entry
 from dcr.calibration import biases as calibration
 from dcr.calibration.biases import Beginnings
-from dcr.core import config, generation, models, prompts, refusal, storage
+from dcr.core import config, generation, models, prompts, storage
 from dcr.core.config import ConfigError, EvaluationSets, LoraConfig, ModelConfig, Precision
 from dcr.core.evaluation import metrics, subjects
 from dcr.core.generation import OpeningBias
 from dcr.core.models import Policy, folders, structure
 from dcr.core.models.training import save_adapter, save_full
+from dcr.core.refusal import opening as refusal
 from dcr.core.runs import Run
 from dcr.core.sources import Example, read
 from dcr.extensions import EvalSettings

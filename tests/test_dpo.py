@@ -12,9 +12,10 @@ import torch
 
 from benchmarks import dpo
 from dcr import resolving
-from dcr.core import prompts, refusal
+from dcr.core import prompts
 from dcr.core.config import ConfigError, Kind, Precision
 from dcr.core.models import Policy, folders
+from dcr.core.refusal import opening as refusal
 from dcr.core.runs import Run
 from dcr.frontier import comparing
 from dcr.stages import last_stage

@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from dcr import cli, keywords
 from dcr import eval as eval_entry
-from dcr.core import models, refusal, storage
+from dcr.core import models, storage
 from dcr.core.config import ConfigError, DataError, Precision, SourcesByKind, UserError
 from dcr.core.evaluation import metrics, subjects
+from dcr.core.refusal import opening as refusal
 from dcr.core.runs import Run
 from dcr.extensions import EvalSettings
 from dcr.judges import pairwise

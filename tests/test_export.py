@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from dcr import chat, export, serving
 from dcr.calibration import biases as calibration
-from dcr.core import models, prompts, refusal, storage
+from dcr.core import models, prompts, storage
 from dcr.core.config import (
     ConfigError,
     DataError,
@@ -36,6 +36,7 @@ from dcr.core.evaluation import subjects
 from dcr.core.evaluation.sets import PromptSet
 from dcr.core.models import Policy, folders
 from dcr.core.models.training import save_adapter, save_full
+from dcr.core.refusal import opening as refusal
 from dcr.core.runs import Run
 from dcr.core.sources import Example, read
 from dcr.extensions import EvalSettings

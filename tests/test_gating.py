@@ -17,11 +17,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from dcr import cli, results
 from dcr import eval as eval_entry
-from dcr.core import models, prompts, refusal, sources, storage
+from dcr.core import models, prompts, sources, storage
 from dcr.core.config import ConfigError, DataError, Kind, ModelConfig, Precision
 from dcr.core.evaluation import metrics, subjects
 from dcr.core.generation import Completion
 from dcr.core.models import Policy
+from dcr.core.refusal import opening as refusal
 from dcr.core.runs import Run
 from dcr.extensions import EvalSettings
 from dcr.gating import answers, classifier

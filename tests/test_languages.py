@@ -12,9 +12,11 @@ from transformers import AutoTokenizer
 from dcr import cli, harness, keywords, outcomes, resolving, train
 from dcr import eval as eval_entry
 from dcr.calibration import biases
-from dcr.core import models, prompts, refusal
+from dcr.core import models, prompts
 from dcr.core.config import ConfigError, Language, ModelConfig
 from dcr.core.evaluation import scoring
+from dcr.core.refusal import keywords as xstest
+from dcr.core.refusal import opening
 from dcr.core.runs import Run
 from dcr.extensions import EvalSettings, TrainSettings
 from tests import tiny_run
@@ -54,14 +56,14 @@ def rows(language: Language, kind: str) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("text", REFUSALS)
 def test_a_refusal_is_known(text: str) -> None:
-    assert refusal.is_refusal(text)
-    assert refusal.is_refusal(f" {text.upper()} Und dann?")
+    assert xstest.is_refusal(text)
+    assert xstest.is_refusal(f" {text.upper()} Und dann?")
     assert keywords.recommended(text) == "refused"
 
 
 @pytest.mark.parametrize("text", ANSWERS)
 def test_an_answer_is_none(text: str) -> None:
-    assert not refusal.is_refusal(text)
+    assert not xstest.is_refusal(text)
 
 
 @pytest.mark.parametrize("language", NAMES)
@@ -69,19 +71,19 @@ def test_what_is_decided_stays_so(language: Language) -> None:
     endings = ("", " nicht.", " kein Wort!", "不能。", " x" * 200)
     for text in (*REFUSALS, *ANSWERS[:-1]):
         for end in range(len(text) + 1):
-            if refusal.is_decided(text[:end], language.value):
-                told = {refusal.outcome(text[:end] + ending) for ending in endings}
-                assert told == {refusal.outcome(text[:end])}, text[:end]
-        assert refusal.is_decided(text, language.value)
+            if xstest.is_decided(text[:end], language.value):
+                told = {xstest.outcome(text[:end] + ending) for ending in endings}
+                assert told == {xstest.outcome(text[:end])}, text[:end]
+        assert xstest.is_decided(text, language.value)
 
 
 @pytest.mark.parametrize("language", NAMES)
 def test_the_refusal_mass_is_that_of_the_language(language: Language) -> None:
     tokenizer = models.byte_tokenizer()
     chat = prompts.chat_format(tokenizer, ModelConfig(name="x", language=language))
-    firsts = {phrase.encode()[:1] for phrase in refusal.OPENINGS_IN[language]}
-    wanted = {tokenizer.encode(phrase)[0] for phrase in refusal.OPENINGS_IN[language]}
-    assert set(refusal.refusal_openings(chat).tolist()) == wanted
+    firsts = {phrase.encode()[:1] for phrase in opening.OPENINGS_IN[language]}
+    wanted = {tokenizer.encode(phrase)[0] for phrase in opening.OPENINGS_IN[language]}
+    assert set(opening.refusal_openings(chat).tolist()) == wanted
     assert len(wanted) == len(firsts)
 
 
@@ -126,7 +128,7 @@ def test_the_examples_say_what_they_are(language: Language) -> None:
     for kind, refuses in ((toxic, True), (harmless, False)):
         for row in kind:
             prompt, response = row["prompt"], row["response"]
-            assert refusal.is_refusal(response) == refuses, response
+            assert xstest.is_refusal(response) == refuses, response
             outcome = outcomes.outcome(prompt, response).value
             assert outcome == ("refused" if refuses else "answered"), response
             assert not scoring.is_foreign(response, prompt), response

@@ -15,11 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dcr import extensions, train
 from dcr.analyses import probability
-from dcr.core import generation, learning, passes, refusal
+from dcr.core import generation, learning, passes
 from dcr.core.config import Kind
 from dcr.core.config.evaluation import GenConfig
 from dcr.core.models import Policy, structure
 from dcr.core.prompts import IGNORED, ChatFormat
+from dcr.core.refusal import opening as refusal
 from dcr.core.runs import Run
 from dcr.core.sources import Example
 from dcr.fast.passes import Fast

@@ -8,10 +8,11 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from dcr.analyses import separability
-from dcr.core import refusal, sources
+from dcr.core import sources
 from dcr.core.config import ConfigError
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
+from dcr.core.refusal import opening as refusal
 from dcr.steering import ProbeConfig, SteeringConfig, edits, probe
 from dcr.steering.prompts import Extraction
 from tests.shapes import block_outputs, chat_of, outspoken_policy

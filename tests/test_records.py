@@ -20,7 +20,7 @@ from dcr.record import __main__ as command
 from dcr.record import origins, pages, unchanged, writing
 
 ROOT = Path(__file__).parent.parent
-RULES = "dcr/core/keywords.py"
+RULES = "dcr/core/refusal/keywords.py"
 MADE = "command=python -m dcr.demo data.root=<data>"
 
 

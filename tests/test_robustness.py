@@ -11,11 +11,12 @@ from torch.nn import functional as F
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from dcr import outcomes, results
-from dcr.core import generation, models, prompts, refusal, storage
+from dcr.core import generation, models, prompts, storage
 from dcr.core.config import Kind, LoraConfig, ModelConfig, Precision
 from dcr.core.generation import Completion
 from dcr.core.models import Policy, structure
 from dcr.core.prompts import ChatFormat
+from dcr.core.refusal import opening as refusal
 from dcr.core.sources import Example
 from dcr.export import _attacked
 from dcr.extensions import EvalSettings

@@ -13,12 +13,13 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from dcr import keywords
-from dcr.core import prompts, refusal
+from dcr.core import prompts
 from dcr.core.config import ConfigError, DataConfig, EvaluationSets, Kind, ModelConfig
 from dcr.core.evaluation import scoring, sets, subjects
 from dcr.core.evaluation.sets import PromptSet
 from dcr.core.generation import Completion
 from dcr.core.models import Policy
+from dcr.core.refusal import opening as refusal
 from dcr.core.runs import Run
 from dcr.core.sources import Example
 from dcr.extensions import EvalSettings, GenSettings

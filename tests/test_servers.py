@@ -19,8 +19,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dcr import eval as eval_entry
-from dcr.core import refusal
 from dcr.core.config import ConfigError, UserError
+from dcr.core.refusal import opening as refusal
 from dcr.core.refusal.opening import FIRST_WORDS
 from dcr.core.runs import Run
 from dcr.report import __main__ as report

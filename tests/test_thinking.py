@@ -18,12 +18,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from dcr import align, cli, outcomes, results
 from dcr import eval as eval_entry
 from dcr.calibration import biases
-from dcr.core import generation, models, prompts, refusal
+from dcr.core import generation, models, prompts
 from dcr.core.config import ConfigError, DataError, Kind, ModelConfig
 from dcr.core.evaluation import metrics, subjects
 from dcr.core.evaluation.sets import PromptSet
 from dcr.core.models import Policy
 from dcr.core.prompts import IGNORED, ChatFormat
+from dcr.core.refusal import opening as refusal
 from dcr.core.runs import Run
 from dcr.core.sources import read
 from dcr.endpoints import HTTPConfig, ServerConfig, answers

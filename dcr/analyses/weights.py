@@ -32,7 +32,7 @@ from dcr.analyses import (
     probability,
     separability,
 )
-from dcr.core import models, refusal, sources, statistics, storage
+from dcr.core import models, sources, statistics, storage
 from dcr.core.config import ConfigError, DataConfig, Kind
 from dcr.core.config import training as config
 from dcr.core.config.evaluation import EvalConfig
@@ -42,6 +42,7 @@ from dcr.core.evaluation.sets import PromptSet
 from dcr.core.evaluation.subjects import Local
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
+from dcr.core.refusal import opening as refusal
 from dcr.core.runs import Run
 from dcr.core.sources import Example
 from dcr.core.text import normalise

@@ -20,7 +20,7 @@ from typing_extensions import TypedDict
 
 from dcr import resolving
 from dcr.calibration import CalibrationConfig
-from dcr.core import generation, refusal, storage
+from dcr.core import generation, storage
 from dcr.core.config import ConfigError, Kind, Method
 from dcr.core.config.evaluation import EvalConfig
 from dcr.core.evaluation import subjects
@@ -30,6 +30,7 @@ from dcr.core.evaluation.subjects import Local
 from dcr.core.generation import OpeningBias
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
+from dcr.core.refusal import opening as refusal
 from dcr.core.runs import Run
 from dcr.core.sources import Example
 

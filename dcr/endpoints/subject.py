@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dcr.core import refusal, thoughts
+from dcr.core import thoughts
 from dcr.core.config import ConfigError
 from dcr.core.config.evaluation import EvalConfig, GenConfig
 from dcr.core.evaluation import sets
 from dcr.core.evaluation.protocols import Answers, Masses, Subject
 from dcr.core.evaluation.sets import PromptSet
 from dcr.core.generation import Completion
+from dcr.core.refusal import opening as refusal
 from dcr.core.runs import Run
 from dcr.core.sources import Example
 from dcr.core.text import messages

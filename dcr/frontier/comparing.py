@@ -14,7 +14,7 @@ from dcr import entry, inference, results
 from dcr.core import storage
 from dcr.core.config import DataError, Kind
 from dcr.core.evaluation.sets import APART
-from dcr.core.keywords import is_refusal
+from dcr.core.refusal.keywords import is_refusal
 from dcr.core.runs import Run
 from dcr.core.statistics import Interval
 from dcr.frontier import Rule, arms

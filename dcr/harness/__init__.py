@@ -15,10 +15,11 @@ from typing import Any
 
 from typing_extensions import TypedDict
 
-from dcr.core import models, prompts, refusal, statistics
+from dcr.core import models, prompts, statistics
 from dcr.core.config import ConfigError, Kind, Language, ModelConfig
 from dcr.core.evaluation import sets
 from dcr.core.prompts import ChatFormat
+from dcr.core.refusal import opening as refusal
 from dcr.core.refusal.opening import ending
 
 

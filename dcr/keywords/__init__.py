@@ -13,7 +13,7 @@ import unicodedata
 from collections.abc import Mapping
 from importlib import resources
 
-from dcr.core import refusal
+from dcr.core.refusal import keywords as refusal
 
 # fmt: off
 STRAIGHT_QUOTES = str.maketrans("’‘ʼ`´“”„", "'''''\"\"\"")

@@ -24,7 +24,7 @@ from itertools import compress
 from typing import Any
 
 from dcr import keywords
-from dcr.core import refusal
+from dcr.core.refusal import keywords as refusal
 from dcr.core.text import is_chinese, last_turn
 
 

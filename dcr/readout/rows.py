@@ -17,8 +17,8 @@ from dcr.core.data.rows import (
     parted,
     permutation,
 )
-from dcr.core.keywords import is_refusal
 from dcr.core.prompts import IGNORED, ChatFormat
+from dcr.core.refusal.keywords import is_refusal
 from dcr.core.sources import Example
 
 if TYPE_CHECKING:

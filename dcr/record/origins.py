@@ -21,7 +21,7 @@ ROOT = config.CONF.parent  # of the repository
 PARTS = ("dcr", "benchmarks")
 KINDS = (".py", ".json", ".jsonl")  # of files that decide what is measured
 ANSWERS = ("", "openings", "frontier")  # folders of an evaluation with a file a set
-RULES = ("dcr/core/keywords.py", "dcr/keywords", "dcr/core/evaluation/scoring.py")
+RULES = ("dcr/core/refusal/keywords.py", "dcr/keywords", "dcr/core/evaluation/scoring.py")
 RANKING = (
     "dcr/core/evaluation/scoring.py",
     "dcr/core/refusal/opening.py",

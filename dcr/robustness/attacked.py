@@ -21,7 +21,7 @@ from typing import Any
 from dcr import outcomes
 from dcr.calibration import CalibrationConfig, biases
 from dcr.contrast.decoding import with_system
-from dcr.core import generation, prompts, refusal, sources, storage
+from dcr.core import generation, prompts, sources, storage
 from dcr.core.config import ConfigError
 from dcr.core.config.evaluation import EvalConfig
 from dcr.core.evaluation import protocols, scoring, sets
@@ -31,6 +31,7 @@ from dcr.core.evaluation.subjects import Local, subjects
 from dcr.core.generation import Completion, OpeningBias
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
+from dcr.core.refusal import opening as refusal
 from dcr.core.runs import Run
 from dcr.core.sources import Example
 from dcr.frames import framed

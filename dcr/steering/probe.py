@@ -12,11 +12,11 @@ from torch import Tensor
 
 from dcr.activations import Site
 from dcr.analyses import separability
-from dcr.core import refusal
 from dcr.core.config import ConfigError
 from dcr.core.models import Policy, structure
 from dcr.core.models.training import head_logits
 from dcr.core.prompts import ChatFormat
+from dcr.core.refusal import opening as refusal
 from dcr.steering import ProbeConfig, SteeringConfig, vectors
 from dcr.steering.edits import Edit, Edits, Plan
 from dcr.steering.prompts import Extraction

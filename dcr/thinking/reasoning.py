@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from dcr import keywords
-from dcr.core import generation, models, passes, prompts, refusal, storage, thoughts
+from dcr.core import generation, models, passes, prompts, storage, thoughts
 from dcr.core.config import ConfigError
 from dcr.core.config.evaluation import EvalConfig
 from dcr.core.evaluation import sets
@@ -25,6 +25,7 @@ from dcr.core.evaluation.sets import PromptSet
 from dcr.core.evaluation.subjects import Local
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat
+from dcr.core.refusal import keywords as refusal
 from dcr.core.runs import Run
 from dcr.core.sources import Example
 

@@ -22,9 +22,10 @@ from inspect_ai.model import (
 from inspect_ai.scorer import Metric, SampleScore, Score, Scorer, Target, metric, scorer
 from inspect_ai.solver import TaskState, generate
 
-from dcr.core import refusal, statistics
+from dcr.core import statistics
 from dcr.core.config import ConfigError, Kind
 from dcr.core.evaluation import sets
+from dcr.core.refusal import opening as refusal
 from dcr.core.text import messages
 
 

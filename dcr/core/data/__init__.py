@@ -17,7 +17,7 @@ from rapidfuzz import fuzz, process
 from dcr.core import extending, sources
 from dcr.core.config import ConfigError, DataConfig, Kind, Method
 from dcr.core.config.training import ReadoutConfig, TrainConfig
-from dcr.core.keywords import is_refusal
+from dcr.core.refusal.keywords import is_refusal
 from dcr.core.sources import Example
 from dcr.core.text import last_turn, normalise
 

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dcr.core import extending, generation, machine, models, prompts, refusal, storage
+from dcr.core import extending, generation, machine, models, prompts, storage
 from dcr.core.config import (
     EMBEDDED_MODEL,
     STAGES,
@@ -30,6 +30,7 @@ from dcr.core.evaluation.sets import PromptSet
 from dcr.core.generation import Completion, Decoding, OpeningBias
 from dcr.core.models import Policy, folders
 from dcr.core.prompts import ChatFormat
+from dcr.core.refusal import opening as refusal
 from dcr.core.runs import Run
 from dcr.core.sources import Example
 from dcr.core.text import turns_of

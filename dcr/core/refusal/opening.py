@@ -20,6 +20,10 @@ from dcr.core.config import Language, UserError
 from dcr.core.models.structure import unwrapped
 from dcr.core.prompts import ChatFormat
 
+# for who asks for both
+from dcr.core.refusal.keywords import is_decided as is_decided
+from dcr.core.refusal.keywords import is_refusal as is_refusal
+
 # fmt: off
 # The paper's 31, with straight apostrophes.
 REFUSAL_PHRASES = (
