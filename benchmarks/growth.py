@@ -25,9 +25,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import training
 
-from dcr import extensions
+from dcr import builtin, extensions
 from dcr.analyses import ntk
-from dcr.core import models, prompts
+from dcr.core import prompts
 from dcr.core.config import Stage
 from dcr.core.data.rows import PairBatch, PromptBatch
 from dcr.core.generation import continued
@@ -60,7 +60,7 @@ def opened(width: int) -> tuple[Any, Policy]:
     cfg.model.architecture = shape(width)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(LlamaConfig(**shape(width)))
-    return cfg, Policy(model, models.byte_tokenizer(), "random")
+    return cfg, Policy(model, builtin.byte_tokenizer(), "random")
 
 
 def stage(which: Stage, rows: int, length: int, width: int) -> Made:

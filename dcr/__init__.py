@@ -5,6 +5,7 @@ __version__ = "0.1.0"
 # What settings choose between stands in the table of `dcr.extensions`.
 PARTS: dict[str, str] = {
     "batch_size": "dcr.headroom:batch_size",
+    "builtin_model": "dcr.builtin:folder_of",
     "free_threads": "dcr.headroom:free_threads",
     "made_with": "dcr.headroom:made_with",
     "recorded": "dcr.headroom:recorded",

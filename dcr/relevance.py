@@ -18,7 +18,7 @@ from jaxtyping import Float
 from pydantic import FiniteFloat
 from torch import Tensor
 
-from dcr import decoding, inference
+from dcr import builtin, decoding, inference
 from dcr.core import learning, machine, models, passes, storage
 from dcr.core.config import EMBEDDED_MODEL, ConfigError, ModelConfig, Precision
 from dcr.core.config.evaluation import EvalConfig
@@ -64,7 +64,7 @@ class Relevance(Task):
         for fault in cut_short(settings, "tasks=[dcr.relevance:Relevance]"):
             raise ConfigError(fault)
         if MODEL == EMBEDDED_MODEL:
-            models.embedded_folder()
+            builtin.embedded_folder()
 
     def measure(self, work: Work) -> dict[str, Any]:
         """`relevant`, a share with its 95% Wilson interval, and `nats`, the mean, of each set and

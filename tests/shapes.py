@@ -17,7 +17,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from dcr.core import models, prompts
+from dcr import builtin
+from dcr.core import prompts
 from dcr.core.config import LoraConfig, ModelConfig
 from dcr.core.models import Policy, structure
 from dcr.core.prompts import ChatFormat
@@ -38,7 +39,7 @@ TINY: dict[str, Any] = {
 def tiny_policy(seed: int = 0, **shape: Any) -> Policy:
     """Random blocks over bytes in fp32, two unless `shape` says otherwise."""
     settings = ModelConfig(name="tiny", label="tiny", layer=1, architecture=TINY | shape)
-    return models.random_policy(settings, seed)
+    return builtin.random_policy(settings, seed)
 
 
 def chat_of(policy: Policy, **settings: Any) -> ChatFormat:

@@ -15,7 +15,7 @@ from hydra import compose, initialize_config_dir
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcr import cli, export, train
+from dcr import builtin, cli, export, train
 from dcr import eval as eval_entry
 from dcr.calibration import biases as calibration
 from dcr.calibration.biases import Beginnings
@@ -47,7 +47,7 @@ FEW = [f"calibration.{kind}=[registers_{kind}_heldout]" for kind in ("toxic", "s
 
 @pytest.fixture(scope="module")
 def policy() -> Policy:
-    return models.random_policy(MODEL, 3)
+    return builtin.random_policy(MODEL, 3)
 
 
 @pytest.fixture(scope="module")
@@ -281,7 +281,7 @@ def test_another_bias_never_reuses_answers(tmp_path: Path, monkeypatch: pytest.M
 def test_a_run_can_be_the_target(tmp_path: Path) -> None:
     settings, run = resolved(tmp_path, "calibrate=0.6")
     reference = Run(tmp_path / "stl")
-    outspoken = models.random_policy(settings.model, 27)
+    outspoken = builtin.random_policy(settings.model, 27)
     with torch.no_grad():
         for weight in outspoken.model.parameters():
             weight *= 1 if weight.dim() == 1 else 5  # so that some prompts open as a refusal does

@@ -30,7 +30,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from dcr import extensions, train
+from dcr import builtin, extensions, train
 from dcr.clusters import HeldoutClusters, kmeans_accuracy
 from dcr.core import config, losses, models, training
 from dcr.core.config import Stage
@@ -228,7 +228,7 @@ def test_moments_of_eight_bits_train_and_go_on(tmp_path: Path, tiny: TrainConfig
     wide = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, vocab_size=260)
     wide.num_attention_heads = wide.num_key_value_heads = 4
     AutoModelForCausalLM.from_config(wide).save_pretrained(tmp_path / "wide")
-    models.byte_tokenizer().save_pretrained(tmp_path / "wide")
+    builtin.byte_tokenizer().save_pretrained(tmp_path / "wide")
     small = changed(tiny, f"model.name={tmp_path / 'wide'}", "dcr.optim.moments=int8")
     whole, run, steps = Run(tmp_path / "whole"), Run(tmp_path / "run"), itertools.count()
     train.train(small, whole)

@@ -13,8 +13,9 @@ import pytest
 import torch
 from scipy import stats
 
+from dcr import builtin
 from dcr.cli import COUNTS
-from dcr.core import models, prompts, sources
+from dcr.core import prompts, sources
 from dcr.core.config import (
     ConfigError,
     CountedSourceConfig,
@@ -504,7 +505,7 @@ def test_a_batch_moves_whole() -> None:
 def module(stage: Stage, rows: Splits, **more: Any) -> SafetyData:
     dcr = ContrastiveConfig(**{"batch_size": 8} | more.pop("dcr", {}))
     sft = SFTConfig(**{"batch_size": 16, "micro_tokens": 600} | more.pop("sft", {}))
-    chat = prompts.chat_format(models.byte_tokenizer(), ModelConfig(name="x"))
+    chat = prompts.chat_format(builtin.byte_tokenizer(), ModelConfig(name="x"))
     return SafetyData(stage, rows, chat, TrainConfig(dcr=dcr, sft=sft), **more)
 
 

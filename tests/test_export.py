@@ -21,7 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
 
-from dcr import chat, export, serving
+from dcr import builtin, chat, export, serving
 from dcr.calibration import biases as calibration
 from dcr.core import models, prompts, storage
 from dcr.core.config import (
@@ -140,7 +140,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     )
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
-    policy = Policy(model, models.byte_tokenizer(), "made")
+    policy = Policy(model, builtin.byte_tokenizer(), "made")
     save_full(policy, run.stage("contrastive"))
     stage_one = _logits(model)
     sft = Policy(adapted(model), policy.tokenizer, "made")
@@ -468,7 +468,7 @@ def test_template_speaks_as_the_run_did(exported: Path) -> None:
 
 
 def test_a_base_without_template_gets_that_of_the_run(moved: Run) -> None:
-    models.byte_tokenizer(None).save_pretrained(moved.stage("sft"))
+    builtin.byte_tokenizer(None).save_pretrained(moved.stage("sft"))
     (moved.stage("sft") / "chat_template.jinja").unlink(missing_ok=True)
     storage.write_checksums(moved.stage("sft"))
     told = CONFIG | {"model": CONFIG["model"] | {"template": "plain", "system_prompt": None}}

@@ -19,9 +19,9 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
-from dcr import decoding, headroom
+from dcr import builtin, decoding, headroom
 from dcr.activations import Site
-from dcr.core import generation, machine, models, prompts, storage
+from dcr.core import generation, machine, prompts, storage
 from dcr.core import passes as core_passes
 from dcr.core.config import ConfigError, DataError, Kind, LoraConfig, ModelConfig
 from dcr.core.config.evaluation import GenConfig
@@ -92,7 +92,7 @@ def _shared(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def policy_of(seed: int = 0, **changes: Any) -> Policy:
     shape = FAMILIES[changes.pop("family", "llama")] | changes
-    made = models.random_policy(ModelConfig(name="tiny", architecture=shape), seed)
+    made = builtin.random_policy(ModelConfig(name="tiny", architecture=shape), seed)
     head = structure.head(made.model)
     head.weight = torch.nn.Parameter(head.weight.detach().clone())
     with torch.no_grad():  # end tokens are likelier, so that answers differ in length

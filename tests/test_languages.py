@@ -9,7 +9,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from transformers import AutoTokenizer
 
-from dcr import cli, harness, keywords, outcomes, resolving, train
+from dcr import builtin, cli, harness, keywords, outcomes, resolving, train
 from dcr import eval as eval_entry
 from dcr.calibration import biases
 from dcr.core import models, prompts
@@ -79,7 +79,7 @@ def test_what_is_decided_stays_so(language: Language) -> None:
 
 @pytest.mark.parametrize("language", NAMES)
 def test_the_refusal_mass_is_that_of_the_language(language: Language) -> None:
-    tokenizer = models.byte_tokenizer()
+    tokenizer = builtin.byte_tokenizer()
     chat = prompts.chat_format(tokenizer, ModelConfig(name="x", language=language))
     firsts = {phrase.encode()[:1] for phrase in opening.OPENINGS_IN[language]}
     wanted = {tokenizer.encode(phrase)[0] for phrase in opening.OPENINGS_IN[language]}

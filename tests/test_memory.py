@@ -15,7 +15,7 @@ from unittest import mock
 
 import pytest
 
-from dcr import resolving
+from dcr import builtin, resolving
 
 LLAMA3_8B = {
     **{"model_type": "llama", "hidden_size": 512, "intermediate_size": 1792, "vocab_size": 16032},
@@ -100,7 +100,7 @@ def child(shape: dict[str, Any], block: int, settings: str, packed: bool) -> Non
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from dcr import cli
-    from dcr.core import continuing, learning, models
+    from dcr.core import continuing, learning
     from dcr.core.config import Precision, Stage
     from dcr.core.config.training import Adapter
     from dcr.core.models import Policy, structure
@@ -129,7 +129,7 @@ def child(shape: dict[str, Any], block: int, settings: str, packed: bool) -> Non
         model = AutoModelForCausalLM.from_config(built, dtype=dtype)
         if node.adapter is Adapter.lora:
             model = structure.add_lora(model, node.lora, 0, blocks=block)
-        policy = Policy(model, models.byte_tokenizer(), "random")
+        policy = Policy(model, builtin.byte_tokenizer(), "random")
         module = ContrastiveModule(policy, node, block, 3)
         learning.current().shrink_frozen(model, block, whole=module.anchored, settings=made)
         fit(module, batches, precision=LIGHTNING_PRECISION[node.precision])

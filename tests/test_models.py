@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from dcr import builtin
 from dcr.core import losses, models, storage
 from dcr.core.config import ConfigError, LoraConfig, ModelConfig, Precision
 from dcr.core.models import Policy, folders, structure
@@ -248,7 +249,7 @@ TINY = ModelConfig(name="tiny", architecture=shapes.TINY | {"tie_word_embeddings
 def test_a_random_model_follows_from_its_seed() -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    one, two, other = (models.random_policy(TINY, seed) for seed in (1, 1, 2))
+    one, two, other = (builtin.random_policy(TINY, seed) for seed in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(logits(one.model), logits(two.model))
     assert not torch.equal(logits(one.model), logits(other.model))
@@ -274,7 +275,7 @@ def test_what_cannot_be_opened_is_named(open_it: Any, tmp_path: Path) -> None:
 
 
 def saved(folder: Path, model: Any) -> Policy:
-    policy = Policy(model, models.byte_tokenizer(), "made")
+    policy = Policy(model, builtin.byte_tokenizer(), "made")
     save_full(policy, folder)
     return policy
 
@@ -282,7 +283,7 @@ def saved(folder: Path, model: Any) -> Policy:
 def byte_model(seed: int = 0, **other: Any) -> Any:
     """A model over bytes, whose shape `other` changes; the global generator stays as it was."""
     config = dataclasses.replace(TINY, architecture=dict(TINY.architecture or {}) | other)
-    return models.random_policy(config, seed).model
+    return builtin.random_policy(config, seed).model
 
 
 def logits(model: Any) -> Tensor:
@@ -370,7 +371,7 @@ def test_a_gguf_file_becomes_the_model_that_it_was_written_from(tmp_path: Path) 
     for write in ("header", "kv_data", "tensors"):
         getattr(writer, f"write_{write}_to_file")()
     writer.close()
-    models.convert_gguf(tmp_path / "tiny.gguf", tmp_path / "folder")
+    builtin.convert_gguf(tmp_path / "tiny.gguf", tmp_path / "folder")
     found = models.open_policy(ModelConfig(name=str(tmp_path / "folder")), Precision.fp32)
     torch.testing.assert_close(found.model(input_ids=IDS).logits, model(input_ids=IDS).logits)
     assert structure.head(found.model).weight is found.model.get_input_embeddings().weight
@@ -440,7 +441,7 @@ def test_kernels_of_the_hub_are_for_those_who_trust_them_and_odd_weights_are_sai
 def stored(model: Any, folder: Path, base: Path | str) -> Any:
     """The model with an adapter, which now lies in the folder."""
     adapted = structure.add_lora(model, LoraConfig(targets=["q_proj"]), seed=0)
-    save_adapter(Policy(adapted, models.byte_tokenizer(), "made"), folder, base)
+    save_adapter(Policy(adapted, builtin.byte_tokenizer(), "made"), folder, base)
     return adapted
 
 
@@ -535,8 +536,8 @@ def test_an_adapter_on_the_tiny_model_opens_as_any_other(
     assert torch.equal(logits(opened.model), logits(adapted.eval()))
     made, told = byte_model(), models.open_tokenizer(TINY)
     assert torch.equal(logits(models.open_policy(TINY, Precision.fp32).model), logits(made))
-    assert told("Hä?")["input_ids"] == models.byte_tokenizer()("Hä?")["input_ids"]
-    assert told.chat_template == models.byte_tokenizer().chat_template
+    assert told("Hä?")["input_ids"] == builtin.byte_tokenizer()("Hä?")["input_ids"]
+    assert told.chat_template == builtin.byte_tokenizer().chat_template
     assert [place.name[:5] for place in (tmp_path / "cache").iterdir()] == ["tiny-"]
 
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+from dcr import builtin
 from dcr.analyses import ntk
 from dcr.analyses.ntk import Settings, empirical, exact
-from dcr.core import models
 from dcr.core.config import ConfigError
 from dcr.core.models import Policy
 from tests.shapes import FAMILIES, SHAPE, VOCABULARY, adapted, made, unevenly_set
@@ -261,7 +261,7 @@ def test_the_outside_entrance_renders_the_chat_template_where_there_is_one(polic
     rows = [policy.tokenizer.encode(t, add_special_tokens=False) for t in text]
     settings = Settings(top_k=3, params="all")
     torch.testing.assert_close(norms, ntk.measure(policy.model, rows, settings).norms)
-    bare = ntk.kernel(policy.model, models.byte_tokenizer(None), words, top_k=3, params="all")
+    bare = ntk.kernel(policy.model, builtin.byte_tokenizer(None), words, top_k=3, params="all")
     rows = [policy.tokenizer.encode(w) for w in words]
     torch.testing.assert_close(bare, ntk.measure(policy.model, rows, settings).norms)
     assert norms.shape == (2, 2)

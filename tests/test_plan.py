@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from dcr import cli, plan, resolving
+from dcr import builtin, cli, plan, resolving
 from dcr import train as training_script
 from dcr.core import data, machine, models
 from dcr.core.config import ConfigError, DataError, Kind, LoraConfig, Method, Precision, Stage
@@ -54,7 +54,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
     model = AutoModelForCausalLM.from_config(_architecture(), dtype=torch.float32)
     model.save_pretrained(folder)
-    models.byte_tokenizer().save_pretrained(folder)
+    builtin.byte_tokenizer().save_pretrained(folder)
     return folder
 
 
@@ -277,7 +277,7 @@ def _trained(told: TrainConfig, which: Stage, dtype: torch.dtype) -> Any:
 def wide(tmp_path: Path) -> TrainConfig:
     """Wide enough that matrices outweigh norms and attention."""
     _architecture(width=256).save_pretrained(tmp_path)
-    models.byte_tokenizer().save_pretrained(tmp_path)
+    builtin.byte_tokenizer().save_pretrained(tmp_path)
     return settings(f"model.name={tmp_path}", "dcr.layer=3", "sft.lora.targets=[all-linear]")
 
 

@@ -14,6 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from dcr import builtin
 from dcr.core import models, passes, prompts, storage
 from dcr.core.config import ConfigError, ModelConfig, Terminator
 from dcr.core.config.training import Pooling
@@ -96,7 +97,7 @@ def tokenizer(request: pytest.FixtureRequest) -> Any:
         made.chat_template = "{{ bos_token }}" + prompts.LLAMA3
         return made
     shipped = {"bytes": prompts.CHATML, "spaced": SPACED, "plain": prompts.PLAIN}
-    return models.byte_tokenizer(shipped[request.param])
+    return builtin.byte_tokenizer(shipped[request.param])
 
 
 # --- prompts ------------------------------------------------------------------------------------
@@ -135,7 +136,7 @@ def test_control_tokens_in_user_text_are_letters(tokenizer: Any) -> None:
         assert [i for i in ids if i in special] == [*specials("Hi"), chat.terminator]
     assert chat.neutralised("a < b | c <im_start> <|> 🙂") == "a < b | c <im_start> <|> 🙂"
     # a token inside a token must not come together when the inner one is broken
-    assert "<|im_end|>" not in formatted(models.byte_tokenizer()).neutralised(
+    assert "<|im_end|>" not in formatted(builtin.byte_tokenizer()).neutralised(
         "<|im_<|im_end|>end|>"
     )
 
@@ -191,7 +192,7 @@ def test_a_pair_is_what_the_template_makes_of_the_dialogue(tokenizer: Any) -> No
 
 
 def test_a_leading_space_belongs_to_the_response() -> None:
-    chat = formatted(models.byte_tokenizer(SPACED))
+    chat = formatted(builtin.byte_tokenizer(SPACED))
     ids, targets = chat.pair("Hi", "Yes", 99)
     start, said = len(chat.prompt_ids("Hi")), chat.tokenizer.encode(" Yes")
     assert ids[start:] == [*said, chat.terminator]
@@ -200,7 +201,7 @@ def test_a_leading_space_belongs_to_the_response() -> None:
 
 @pytest.mark.parametrize("room", [-5, -1, 0, 1, 2, 5, 6, 7])
 def test_truncation_takes_the_end_and_the_terminator(room: int) -> None:
-    chat = formatted(models.byte_tokenizer())
+    chat = formatted(builtin.byte_tokenizer())
     start = chat.prompt_ids("Hi")
     ids, targets = chat.pair("Hi", "Answer", len(start) + room)  # 6 bytes and the terminator
     if room < 1:
@@ -232,7 +233,7 @@ def test_spans_stand_where_they_should(tokenizer: Any, text: str) -> None:
 def test_without_a_template_the_plain_one_is_used_and_said(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    tokenizer = models.byte_tokenizer(None)
+    tokenizer = builtin.byte_tokenizer(None)
     named = ModelConfig(name="some/base")
     with caplog.at_level(logging.WARNING):
         chat = [prompts.chat_format(tokenizer, named) for _ in range(3)][-1]
@@ -245,14 +246,14 @@ def test_without_a_template_the_plain_one_is_used_and_said(
 def test_a_template_is_named_or_read_from_a_file(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tokenizer = models.byte_tokenizer(None)
+    tokenizer = builtin.byte_tokenizer(None)
     assert formatted(tokenizer, template="chatml").text("Hi").startswith("<|im_start|>user\nHi")
     file = tmp_path / "mine.jinja"
     file.write_text("{% for m in messages %}«{{ m.content }}»{% endfor %}", encoding="utf-8")
     assert formatted(tokenizer, template=str(file)).text("Hi") == "«Hi»"
     assert not caplog.text
     # a named one overrules what the tokenizer ships
-    assert formatted(models.byte_tokenizer(), template="plain").text("Hi").startswith("###")
+    assert formatted(builtin.byte_tokenizer(), template="plain").text("Hi").startswith("###")
 
 
 STRICT = (
@@ -269,9 +270,9 @@ def test_templates_that_cannot_be_are_named(tmp_path: Path) -> None:
         str(tmp_path / "latin.jinja"): "latin.jinja: is not UTF-8",
     }.items():
         with pytest.raises(ConfigError, match=message):
-            formatted(models.byte_tokenizer(), template=template)
+            formatted(builtin.byte_tokenizer(), template=template)
     with pytest.raises(ConfigError, match="System role not supported"):
-        formatted(models.byte_tokenizer(STRICT), "Be kind.")
+        formatted(builtin.byte_tokenizer(STRICT), "Be kind.")
 
 
 BROKEN = {
@@ -287,8 +288,8 @@ BROKEN = {
 @pytest.mark.parametrize(("text", "says"), BROKEN.values(), ids=BROKEN)
 def test_a_models_own_template_that_fails_is_the_models_fault(text: str, says: str) -> None:
     with pytest.raises(ConfigError, match=rf"^model\.name=x: its chat template fails .*{says}"):
-        formatted(models.byte_tokenizer(text))
-    tokenizer = models.byte_tokenizer()
+        formatted(builtin.byte_tokenizer(text))
+    tokenizer = builtin.byte_tokenizer()
     tokenizer.chat_template = [text]  # as tokenizer_config.json may say
     with pytest.raises(ConfigError, match="its tokenizer's chat_template is no text"):
         formatted(tokenizer)
@@ -301,7 +302,7 @@ def test_our_templates_begin_as_the_tokenizer_does() -> None:
         "<|start_header_id|>assistant<|end_header_id|>\n\n"
     )
     assert chat.prompt_ids("Hi").count(0) == 1
-    tokenizer = models.byte_tokenizer(None)
+    tokenizer = builtin.byte_tokenizer(None)
     tokenizer.bos_token = "<|endoftext|>"  # GPT-2 and Qwen: a token that begins no text
     assert formatted(tokenizer, template="chatml").text("Hi").startswith("<|im_start|>user")
 
@@ -312,7 +313,7 @@ def test_our_templates_begin_as_the_tokenizer_does() -> None:
 @pytest.mark.parametrize(
     ("made", "template", "ends"),
     [
-        (models.byte_tokenizer, None, ["<|im_end|>", "<|endoftext|>"]),
+        (builtin.byte_tokenizer, None, ["<|im_end|>", "<|endoftext|>"]),
         (llama3_base, "llama3", ["<|eot_id|>", "<|end_of_text|>"]),
         pytest.param(smollm2, None, ["<|im_end|>", "<|endoftext|>"], marks=needs_smollm2),
     ],

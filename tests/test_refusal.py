@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerFast
 
 from benchmarks import keywords as fit
 from dcr.activations import Site
+from dcr.builtin import random_policy
 from dcr.core.config import ModelConfig
-from dcr.core.models import random_policy
 from dcr.core.prompts import ChatFormat
 from dcr.core.refusal import opening
 from dcr.core.refusal.keywords import is_decided, is_refusal, outcome, refuses_in

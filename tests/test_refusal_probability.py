@@ -19,9 +19,10 @@ from transformers import (
 from dcr import activations, decoding
 from dcr.analyses import probability
 from dcr.analyses.probability import trie
+from dcr.builtin import byte_tokenizer
 from dcr.core import passes, prompts
 from dcr.core.config import ModelConfig
-from dcr.core.models import Policy, byte_tokenizer
+from dcr.core.models import Policy
 from dcr.core.refusal import opening as refusal
 from dcr.core.refusal.opening import continuations, ending
 from dcr.fast import passes as fast

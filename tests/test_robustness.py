@@ -10,8 +10,8 @@ import torch
 from torch.nn import functional as F
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from dcr import outcomes, results
-from dcr.core import generation, models, prompts, storage
+from dcr import builtin, outcomes, results
+from dcr.core import generation, prompts, storage
 from dcr.core.config import Kind, LoraConfig, ModelConfig, Precision
 from dcr.core.generation import Completion
 from dcr.core.models import Policy, structure
@@ -40,7 +40,7 @@ CARD = "behind an opening of 31 to 60 tokens"
 
 @pytest.fixture
 def random() -> Policy:
-    return models.random_policy(MODEL, 3)
+    return builtin.random_policy(MODEL, 3)
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_tuning_takes_adamw_s_steps_on_the_answers(random: Policy, talk: ChatFor
     rows = [Example(f"r{i}", f"Say {i}", Kind.normal, "s", f"abc {i}" * i) for i in range(1, 4)]
     settings = EvalSettings(model=MODEL, precision=Precision.fp32)
     lora = LoraConfig(targets=["q_proj", "down_proj"], dropout=0.0)
-    one, other = (structure.add_lora(models.random_policy(MODEL, 3).model, lora, 0) for _ in "12")
+    one, other = (structure.add_lora(builtin.random_policy(MODEL, 3).model, lora, 0) for _ in "12")
     options = TuningConfig(steps=4, batch_size=3, lr=3e-3)
     tuning.fit(one, talk, rows, options, settings, guarded=False)
 

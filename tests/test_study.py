@@ -19,7 +19,7 @@ from scipy import stats
 from test_report import make_eval, make_run, selection
 from tiny_run import WORDS, logged, same, weights, write_jsonl
 
-from dcr import adopting, study
+from dcr import adopting, builtin, study
 from dcr import eval as evaluation_script
 from dcr import train as training_script
 from dcr.core import models, prompts
@@ -362,7 +362,7 @@ def test_what_a_part_said_of_a_template_the_next_does_not_say(tmp_path: Path) ->
     def work() -> None:
         kept = logging.FileHandler(tmp_path / "log")
         logging.getLogger("dcr.core.prompts").addHandler(kept)
-        prompts.chat_format(models.byte_tokenizer(None), ModelConfig(name="some/bare-base"))
+        prompts.chat_format(builtin.byte_tokenizer(None), ModelConfig(name="some/bare-base"))
 
     for _ in range(2):
         study.in_fork(work)

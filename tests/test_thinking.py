@@ -15,10 +15,10 @@ from hydra import compose, initialize_config_dir
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from dcr import align, cli, outcomes, results
+from dcr import align, builtin, cli, outcomes, results
 from dcr import eval as eval_entry
 from dcr.calibration import biases
-from dcr.core import generation, models, prompts
+from dcr.core import generation, prompts
 from dcr.core.config import ConfigError, DataError, Kind, ModelConfig
 from dcr.core.evaluation import metrics, subjects
 from dcr.core.evaluation.sets import PromptSet
@@ -83,7 +83,7 @@ CASES = {  # a template, and the header of an answer with an empty thought and w
 
 def formatted(template: str, **settings: Any) -> ChatFormat:
     named = ModelConfig(name="x", **settings)
-    return prompts.chat_format(models.byte_tokenizer(template), named)
+    return prompts.chat_format(builtin.byte_tokenizer(template), named)
 
 
 def header(chat: ChatFormat) -> str:
@@ -105,7 +105,7 @@ def test_prompts_end_behind_an_empty_thought(name: str) -> None:
     assert chat.tokenizer.decode(ids[len(start) :]) == f"Because.{END}"
     assert [t != IGNORED for t in targets].index(True) == len(start) - 1
     # what is rendered from the template that an export ships says the same
-    exported = models.byte_tokenizer(chat.template)
+    exported = builtin.byte_tokenizer(chat.template)
     assert formatted(chat.template).text("Why?") == chat.text("Why?")
     turns = [{"role": "user", "content": "Why?"}]
     told = exported.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
@@ -195,7 +195,7 @@ THOUGHTS = {  # by a word of the prompt: the thought, what ends it, and the answ
 
 def scripted() -> Policy:
     """A model over bytes that reads all that is before and says what THOUGHTS have for it."""
-    tokenizer = models.byte_tokenizer(QWEN3)
+    tokenizer = builtin.byte_tokenizer(QWEN3)
 
     def following(text: str) -> int:
         asked, _, said = text.rpartition("<think>\n")

@@ -27,8 +27,8 @@ from typing import Any
 import pytest
 from openai import OpenAI
 
+from dcr import builtin, serving
 from dcr import eval as eval_entry
-from dcr import serving
 from dcr.calibration import biases
 from dcr.core import models, prompts
 from dcr.core.config import ModelConfig, Precision
@@ -55,7 +55,7 @@ pytestmark = [
 def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded model as a calibrated export."""
     folder = tmp_path_factory.mktemp("served") / "export"
-    shutil.copytree(models.embedded_folder(), folder)
+    shutil.copytree(builtin.embedded_folder(), folder)
     shutil.copyfile(serving.__file__, folder / "dcr_logits.py")
     file = folder / "generation_config.json"
     told = json.loads(file.read_text()) if file.exists() else {}

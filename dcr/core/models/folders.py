@@ -11,6 +11,7 @@ from dcr.core import storage
 from dcr.core.config import (
     EMBEDDED_MODEL,
     ConfigError,
+    ModelConfig,
     Precision,
     Quantization,
     check_installed,
@@ -20,11 +21,11 @@ from dcr.core.models import (
     Policy,
     check_finite,
     check_tokenizer,
-    embedded_folder,
     held_model,
     open_folder,
     refused_as,
     result_tokenizer,
+    source_of,
 )
 from dcr.core.storage import weights_fingerprint
 
@@ -66,7 +67,7 @@ def adapter_base(folder: Path) -> str:
     place = Path(named.base_model_name_or_path)
     base = next((p for p in (folder / origin.base, place) if p.is_dir()), None)
     if base is None and place.name == EMBEDDED_MODEL:
-        base = embedded_folder()  # each machine converts its own
+        base = Path(source_of(ModelConfig(name=place.name)))  # each machine converts its own
     if base is None:
         raise ConfigError(f"{folder}: its base weights {place} are gone; restore them")
     storage.check_checksums(base.resolve(), needed=False)
