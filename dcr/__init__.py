@@ -8,6 +8,7 @@ PARTS: dict[str, str] = {
     "builtin_model": "dcr.builtin:folder_of",
     "free_threads": "dcr.headroom:free_threads",
     "made_with": "dcr.headroom:made_with",
+    "quantised_model": "dcr.quantising:open_quantised",
     "recorded": "dcr.headroom:recorded",
     "sources": "dcr.public:SOURCES",
 }

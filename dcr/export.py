@@ -310,13 +310,13 @@ def _put_in_full(
 
     Returns how far each of its layers is from the base's own, and the first logits before.
     """
-    from dcr import dequantising
+    from dcr import quantising
 
-    whole = dequantising.open_base(folder, settings.model.trust_remote_code)
-    errors = dequantising.rounding_errors(policy.model, whole)
+    whole = quantising.open_base(folder, settings.model.trust_remote_code)
+    errors = quantising.rounding_errors(policy.model, whole)
     del whole
     before = _first_logits(policy, chat, settings)
-    dequantising.dequantise(policy.model)
+    quantising.dequantise(policy.model)
     return errors, before
 
 

