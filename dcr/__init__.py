@@ -6,6 +6,8 @@ __version__ = "0.1.0"
 PARTS: dict[str, str] = {
     "batch_size": "dcr.headroom:batch_size",
     "builtin_model": "dcr.builtin:folder_of",
+    "closed_thoughts": "dcr.thinking.closing:ending_thoughts",
+    "end_of_responses": "dcr.terminators:chosen_end",
     "free_threads": "dcr.headroom:free_threads",
     "made_with": "dcr.headroom:made_with",
     "quantised_model": "dcr.quantising:open_quantised",

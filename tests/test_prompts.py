@@ -14,7 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from dcr import builtin
+from dcr import builtin, terminators
 from dcr.core import models, passes, prompts, storage
 from dcr.core.config import ConfigError, ModelConfig, Terminator
 from dcr.core.config.training import Pooling
@@ -386,20 +386,20 @@ def test_rows_of_one_initialisation_look_untrained(count: int) -> None:
     rows = torch.randn(200, 512, generator=chance)
     rows[100:] = 3 + torch.randn(100, 512, generator=chance)  # training moved these
     unused = list(range(count))
-    verdicts = [prompts.looks_trained(rows, token, unused) for token in (70, 80, 90)]
+    verdicts = [terminators.looks_trained(rows, token, unused) for token in (70, 80, 90)]
     assert verdicts == [False] * 3
-    assert [prompts.looks_trained(rows, token, unused) for token in (120, 199)] == [True] * 2
+    assert [terminators.looks_trained(rows, token, unused) for token in (120, 199)] == [True] * 2
 
 
 def test_a_row_of_hardly_any_norm_is_untrained() -> None:
     rows = torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
     rows[7] *= 1e-3
-    assert not prompts.looks_trained(rows, 7, [])
-    assert prompts.looks_trained(rows, 8, [])  # nothing to compare with
-    assert prompts.looks_trained(rows, 8, [8, 9])  # itself does not count
+    assert not terminators.looks_trained(rows, 7, [])
+    assert terminators.looks_trained(rows, 8, [])  # nothing to compare with
+    assert terminators.looks_trained(rows, 8, [8, 9])  # itself does not count
     tokenizer = llama3_base()
     known, rows_beyond = len(tokenizer), len(tokenizer) + 3
-    unused = prompts.unused_tokens(tokenizer, rows_beyond)
+    unused = terminators.unused_tokens(tokenizer, rows_beyond)
     assert unused == sorted(RESERVED | {*range(known, rows_beyond)})
 
 

@@ -7,15 +7,12 @@ and generation see the same tokens.
 import functools
 import json
 import logging
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxtyping import Float
-
-from dcr.core import thoughts
+from dcr.core import extending, thoughts
 from dcr.core.config import ConfigError, DataError, Language, ModelConfig, Terminator
 from dcr.core.text import CHATML, messages, turns_of
 
@@ -214,9 +211,9 @@ def chat_format(
 ) -> ChatFormat:
     """The format for a tokenizer: its own template, the one the config names, or a plain one.
 
-    `output_rows` ([vocabulary, width], the head's weight) show `auto` whether the chat-end token
-    was ever trained. Raises ConfigError for a template that is neither known nor a file, or fails
-    to render.
+    Whoever trains on responses gives `terminator` and `output_rows` ([vocabulary, width], the
+    head's weight), which show `auto` whether the chat-end token was ever trained. Raises
+    ConfigError for a template that is neither known nor a file, or fails to render.
     """
     template = chosen_template(tokenizer, config.template, config.name)
     probe = ChatFormat(tokenizer, template, config.system_prompt, 0, ())
@@ -234,24 +231,19 @@ def chat_format(
     stop = stop_tokens(tokenizer, chat_end)
     if not stop:
         raise ConfigError(f"model.name={config.name}: its tokenizer has no end-of-text token")
-    end = chosen_end(tokenizer, terminator, chat_end, stop, output_rows)
+    end = stop[0]
+    if output_rows is not None:
+        choose = extending.part("end_of_responses")
+        end = choose(tokenizer, terminator, chat_end, stop, output_rows)
     return replace(probe, terminator=end, stop=stop, language=config.language)
 
 
 def _ending_thoughts(probe: ChatFormat, config: ModelConfig) -> str:
     """The template with the user's variables, whose prompts end behind an empty thought."""
     template = thoughts.given(probe.template, config.template_variables)
-    if config.close_thoughts is False:
+    if config.close_thoughts is False or thoughts.marks_of(template) is None:
         return template
-    template, known = thoughts.closed(template, probe.render, bool(config.close_thoughts))
-    if not known and config.name not in UNTEMPLATED:
-        UNTEMPLATED.add(config.name)
-        log.warning(
-            "model.name=%s: its chat template speaks of thoughts and begins none: if this model "
-            "thinks by itself, model.close_thoughts=true ends prompts behind an empty thought",
-            config.name,
-        )
-    return template
+    return extending.part("closed_thoughts")(replace(probe, template=template), config)
 
 
 def _chat_end(probe: ChatFormat) -> int | None:
@@ -364,74 +356,9 @@ def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
     return {token.content: index for index, token in added if token.special} | dict(named)
 
 
-# --- the end of a turn: the token that training responses end with, and the stop tokens ---
-
-
 def stop_tokens(tokenizer: Tokenizer, chat_end: int | None) -> tuple[int, ...]:
     """Every token that ends a response: the chat's end, and the base's end of text."""
     special = special_tokens(tokenizer)  # Gemma's </s> is a tag of HTML
     bases = [special[token] for token in BASE_ENDS if token in special]
     ends: tuple[Any, ...] = (chat_end, tokenizer.eos_token_id, *bases)
     return tuple(dict.fromkeys(int(token) for token in ends if token is not None))
-
-
-def chosen_end(
-    tokenizer: Tokenizer,
-    terminator: Terminator,
-    chat_end: int | None,
-    stop: Sequence[int],
-    output_rows: Float[Tensor, "vocabulary width"] | None,
-) -> int:
-    """The token that training responses end with: the chat's end, or the base's end of text.
-
-    `auto` takes the latter if the output row of the former looks untrained, since LoRA leaves the
-    head alone and would never learn to emit it.
-    """
-    end = stop[0]
-    # an instruct tokenizer names the chat end as its end of text: its base's own comes after it
-    base = end if chat_end is None else next((token for token in stop if token != end), end)
-    if terminator is Terminator.base_eos:
-        return base
-    if terminator is Terminator.chat_end or output_rows is None or base == end:
-        return end
-    if looks_trained(output_rows, end, unused_tokens(tokenizer, len(output_rows))):
-        return end
-    log.warning(
-        "the chat-end token %r looks untrained: responses end with %r instead "
-        "(sft.terminator=chat_end keeps it)",
-        tokenizer.convert_ids_to_tokens(end),
-        tokenizer.convert_ids_to_tokens(base),
-    )
-    return base
-
-
-def unused_tokens(tokenizer: Tokenizer, rows: int) -> list[int]:
-    """The token ids that no training text can have held: padding rows and reserved names."""
-    padding = list(range(len(tokenizer), rows))
-    reserved = [
-        index
-        for index, token in tokenizer.added_tokens_decoder.items()
-        if any(word in token.content.lower() for word in ("reserved", "unused", "<|extra_"))
-    ]
-    return sorted({*padding, *reserved} & set(range(rows)))
-
-
-def looks_trained(rows: Float[Tensor, "vocabulary width"], token: int, unused: list[int]) -> bool:
-    """Whether a token's output row differs from rows that training never touched.
-
-    An untouched row either has hardly any norm, or lies as near to the mean of the unused rows as
-    they do.
-    """
-    norms = rows.detach().float().norm(dim=1)
-    if norms[token] < 0.25 * norms.median():
-        return False
-    others = [index for index in unused if index != token]
-    if len(others) < 2:
-        return True
-    reference = rows[others].detach().float()
-    centre = reference.mean(0)
-    # in high dimension, rows of one random initialisation lie at nearly one distance from their
-    # mean, and a row that is part of the mean lies nearer to it than one that is not
-    part = math.sqrt((len(others) + 1) / (len(others) - 1))
-    spread = part * (reference - centre).norm(dim=1).median()
-    return bool((rows[token].detach().float() - centre).norm() > 1.25 * spread + 1e-6)

@@ -1,21 +1,18 @@
-"""The thought before an answer: the marks around it, and templates that end it.
+"""The thought before an answer: the marks around it, and variables of templates.
 
 A thinking model reasons before it answers. All that is read where an answer begins stands behind
-that, so that a prompt has to end behind a thought: an empty one (`closed`), or one that the model
-has written. Marks and switch come from the template, never from the model's name.
+that, so that a prompt has to end behind a thought: an empty one, or one that the model has written.
+Marks come from the template, never from the model's name.
 """
 
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 PROMPT, ANSWER = "0x5f3759df", "0x9e3779b9"  # turns that no template holds
 SWITCHES = ("enable_thinking", "thinking")  # variables by which templates turn thinking off
-
-# A template's text of a dialogue of PROMPT, with ANSWER or with the header of an answer alone.
-Render = Callable[[str, bool, Mapping[str, Any]], str]
 
 
 @dataclass(frozen=True)
@@ -84,57 +81,3 @@ def given(template: str, variables: Mapping[str, Any]) -> str:
         for name, value in variables.items()
     )
     return "".join(set_ones) + template
-
-
-def closed(template: str, render: Render, always: bool = False) -> tuple[str, bool]:
-    """The template whose prompts end behind an empty thought, and whether that is known to be so.
-
-    The empty thought is the template's own: that of its switch, else that of its dialogues, else
-    the end of the thought that it opens. A template with none of these gets an empty thought only
-    with `always`. Whoever sets the switch, or `enable_thinking` where there is none, thinks again.
-    """
-    marks = marks_of(template)
-    if marks is None:
-        return template, True
-    switch = switch_of(template, render)
-    plain = given(template, {switch: False} if switch else {})
-    prompt, dialogue = render(plain, False, {}), render(plain, True, {})
-    behind = dialogue[len(prompt) :] if dialogue.startswith(prompt) else ""
-    shown, state = behind.partition(ANSWER)[0], state_of(prompt, marks)
-    if marks.answers in shown or (state == marks.answers and shown.isspace()):
-        end = shown
-    elif state == marks.opens:
-        end = marks.ending(prompt)
-    elif always and state != marks.answers:
-        tags = marks.answers == marks.closes
-        end = marks.opens + marks.ending(marks.opens) if tags else marks.answers
-    else:
-        end = ""
-    known = bool(switch or end or state)
-    return ended(plain, end, f"not {switch or SWITCHES[0]}"), known
-
-
-def switch_of(template: str, render: Render) -> str | None:
-    """The variable that turns the thoughts of a template on and off."""
-    for name in SWITCHES:
-        off, on = (render(template, False, {name: value}) for value in (False, True))
-        if off != on:
-            return name
-    return None
-
-
-def state_of(prompt: str, marks: Marks) -> str:
-    """The mark that stands last behind the user's words, in the header of the answer; or none."""
-    header = prompt.rpartition(PROMPT)[2]
-    places = {mark: header.rfind(mark.strip()) for mark in (marks.opens, marks.answers)}
-    last = max(places, key=lambda mark: places[mark])
-    return last if places[last] >= 0 else ""
-
-
-def ended(template: str, end: str, condition: str) -> str:
-    """The template with `end` behind its header of an answer."""
-    if not end:
-        return template
-    words = json.dumps(end, ensure_ascii=False)
-    put = f"{{% if add_generation_prompt and {condition} %}}{{{{ {words} }}}}{{% endif %}}"
-    return template.removesuffix("\n") + put  # the newline that Jinja would have removed

@@ -28,6 +28,7 @@ from dcr.core.prompts import ChatFormat
 from dcr.core.refusal import keywords as refusal
 from dcr.core.runs import Run
 from dcr.core.sources import Example
+from dcr.thinking import closing
 
 PLACE = "thoughts"  # the folder of the thoughts, a file a set
 LATEST = 16  # tokens among which a mark is that has just been written
@@ -124,17 +125,17 @@ def opened(settings: EvalConfig, chat: ChatFormat) -> ChatFormat:
     return replace(chat, template=template)
 
 
-def opened_template(template: str, render: thoughts.Render) -> str | None:
+def opened_template(template: str, render: closing.Render) -> str | None:
     """The template whose prompts end where a thought begins; None if it closes each."""
     marks = thoughts.marks_of(template)
     if marks is None:
         return None
-    switch = thoughts.switch_of(template, render)
+    switch = closing.switch_of(template, render)
     plain = thoughts.given(template, {switch: True} if switch else {})
-    state = thoughts.state_of(render(plain, False, {}), marks)
+    state = closing.state_of(render(plain, False, {}), marks)
     if state == marks.answers:
         return None
-    return thoughts.ended(plain, "" if state == marks.opens else marks.opens, "true")
+    return closing.ended(plain, "" if state == marks.opens else marks.opens, "true")
 
 
 def think(
