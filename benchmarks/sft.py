@@ -31,8 +31,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import training
 
-from dcr import extensions
-from dcr.core import storage
+from dcr import builtin, extensions
 from dcr.core.config import Stage
 from dcr.core.config.training import TrainConfig
 from dcr.core.data.rows import pair_batch
@@ -92,7 +91,7 @@ def theirs(cfg: TrainConfig, steps: int, micro: int) -> dict[str, Any]:
                 learnt = [0, *(int(target != -100) for target in row.targets[:-1])]
                 made.append({"input_ids": row.ids, "completion_mask": learnt})
         arguments = trl.SFTConfig(
-            output_dir=str(storage.cache_folder() / "trl-runs"),
+            output_dir=str(builtin.cache_folder() / "trl-runs"),
             per_device_train_batch_size=micro,
             gradient_accumulation_steps=cfg.sft.batch_size // micro,
             max_steps=steps + 1,
@@ -172,7 +171,7 @@ def found(timed: Timed, tokens: int) -> dict[str, Any]:
 
 
 def folder_of_trl() -> Path:
-    return storage.cache_folder() / f"trl-{VERSION}"
+    return builtin.cache_folder() / f"trl-{VERSION}"
 
 
 def is_installed() -> bool:

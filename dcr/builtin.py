@@ -6,6 +6,7 @@ Each is a folder in the cache, made once on a machine.
 import copy
 import glob
 import importlib.util
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from dcr.core.config import EMBEDDED_MODEL, TINY_MODEL, ConfigError, ModelConfig
 from dcr.core.models import Policy, architecture, check_tokenizer, refused_as
 from dcr.core.models.structure import seeded
-from dcr.core.storage import cache_folder, fingerprint, in_turn, replaced_folder
+from dcr.core.storage import fingerprint, in_turn, replaced_folder
 from dcr.core.text import CHATML
 
 BYTE_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|unused|>")
@@ -27,6 +28,11 @@ BYTE_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|unused|>")
 def folder_of(config: ModelConfig) -> Path:
     """The folder of the embedded or the tiny model. Raises ConfigError where it cannot be made."""
     return embedded_folder() if config.name == EMBEDDED_MODEL else _tiny_folder(config)
+
+
+def cache_folder() -> Path:
+    """The folder of files that a machine makes once: `$DCR_CACHE`, else `~/.cache/dcr`."""
+    return Path(os.environ.get("DCR_CACHE") or Path.home() / ".cache" / "dcr")
 
 
 def made_once(folder: Path, make: Callable[[Path], object]) -> Path:

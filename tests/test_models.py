@@ -509,7 +509,7 @@ def test_an_adapter_on_itself_is_named(tmp_path: Path) -> None:
 
 
 def policy_folder() -> Path:
-    return storage.cache_folder() / "smollm2-135m-instruct"
+    return builtin.cache_folder() / "smollm2-135m-instruct"
 
 
 @pytest.mark.parametrize(

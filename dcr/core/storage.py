@@ -34,15 +34,11 @@ STAGING = ".writing-"  # prefix of the name of a file or folder until it is whol
 ASIDE = ".old"  # suffix of the name of a folder while another takes its place
 CHECKSUMS = "checksums.json"
 SUMS: dict[object, list[str]] = {}  # checksums of files that this process has read, by their state
+BREAKS_OFF = "not JSON (EOF "  # the fault of a line that more bytes could make JSON of
 CURE = "restore the file, or delete it and run the command that wrote it again"
 
 
 # --- names --------------------------------------------------------------------------------------
-
-
-def cache_folder() -> Path:
-    """The folder of files that a machine makes once: `$DCR_CACHE`, else `~/.cache/dcr`."""
-    return Path(os.environ.get("DCR_CACHE") or Path.home() / ".cache" / "dcr")
 
 
 def fingerprint(settings: object) -> str:
@@ -149,7 +145,19 @@ def in_turn(folder: Path) -> Iterator[None]:
     UserError with the path if it cannot be made or opened.
     """
     with _writing(folder):
-        made, turn = _turn_in(folder)
+        while True:
+            made = [place for place in (folder, *folder.parents) if not place.exists()]
+            folder.mkdir(parents=True, exist_ok=True)
+            turn = os.open(folder, os.O_RDONLY)
+            with suppress(OSError):  # a file system without locks
+                try:
+                    fcntl.flock(turn, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    log.info("%s: another process writes there; waiting for it", folder)
+                    fcntl.flock(turn, fcntl.LOCK_EX)
+            if folder.exists() and os.path.samestat(folder.stat(), os.fstat(turn)):
+                break
+            os.close(turn)  # its owner wrote nothing, and removed the folder
     try:
         yield
     finally:
@@ -157,23 +165,6 @@ def in_turn(folder: Path) -> Iterator[None]:
             for place in made:
                 place.rmdir()
         os.close(turn)  # the last, so that who waits sees whether its folder is still there
-
-
-def _turn_in(folder: Path) -> tuple[list[Path], int]:
-    """The folders that were made for `folder`, and its lock, which `os.close` frees."""
-    while True:
-        made = [place for place in (folder, *folder.parents) if not place.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
-        turn = os.open(folder, os.O_RDONLY)
-        with suppress(OSError):  # a file system without locks
-            try:
-                fcntl.flock(turn, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                log.info("%s: another process writes there; waiting for it", folder)
-                fcntl.flock(turn, fcntl.LOCK_EX)
-        if folder.exists() and _identity(folder.stat()) == _identity(os.fstat(turn)):
-            return made, turn
-        os.close(turn)  # its owner wrote nothing, and removed the folder
 
 
 def _exchange(staging: Path, folder: Path) -> None:
@@ -278,10 +269,11 @@ def read_yaml(path: Path, schema: type[T], cure: str = CURE) -> T:
     text = read_text(path, cure)
     try:
         return _adapter(schema).validate_python(yaml.safe_load(text))
+    except ValidationError as error:
+        raise DataError(f"{path}: {_first_fault(error)}; {cure}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        named = isinstance(error, ValidationError)
-        why = _first_fault(error) if named else f"not YAML ({' '.join(str(error).split())[:120]})"
-        raise DataError(f"{path}: {why}; {cure}") from None
+        why = " ".join(str(error).split())[:120]
+        raise DataError(f"{path}: not YAML ({why}); {cure}") from None
 
 
 def read_lines(path: Path, schema: type[T], cure: str = "remove the line") -> list[T]:
@@ -301,25 +293,10 @@ def read_lines(path: Path, schema: type[T], cure: str = "remove the line") -> li
         try:
             records.append(_adapter(schema).validate_json(line, strict=True))
         except ValidationError as error:
-            if not _breaks_off(line):
-                why = _first_fault(error)
+            why = _first_fault(error)
+            if not why.startswith(BREAKS_OFF):
                 raise DataError(f"{path}:{number}: line: {why}; {cure}") from None
     return records
-
-
-def _breaks_off(line: bytes) -> bool:
-    """Whether more bytes could have made JSON of a line, as after a kill."""
-    try:
-        text = line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        if error.reason != "unexpected end of data":
-            return False
-        text = line[: error.start].decode("utf-8")
-    try:
-        _adapter(object).validate_json(text)
-    except ValidationError as error:
-        return "EOF while parsing" in error.errors(include_url=False)[0]["msg"]
-    return False
 
 
 @functools.cache
@@ -327,8 +304,7 @@ def _adapter(schema: Any) -> TypeAdapter[Any]:
     return TypeAdapter(schema)
 
 
-def _first_fault(error: Exception) -> str:
-    assert isinstance(error, ValidationError)
+def _first_fault(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     if first["type"] == "json_invalid":
         return f"not JSON ({first['ctx']['error'] if 'ctx' in first else first['msg']})"
@@ -385,12 +361,12 @@ def check_checksums(folder: Path, needed: bool = True) -> None:
     known = read_json(file, Checksums, cure)
     with _reading(folder, cure):
         now = _checksums(folder)
-    for before, sums in ((known.files, now.files), (known.weights, now.weights)):
-        for name, value in before.items():
-            if name not in sums:
-                raise DataError(f"{folder / name}: missing; {cure}")
-            if sums[name] != value:
-                raise DataError(f"{folder / name}: damaged, its checksum differs; {cure}")
+    sums = now.files | now.weights
+    for name, value in (known.files | known.weights).items():
+        if name not in sums:
+            raise DataError(f"{folder / name}: missing; {cure}")
+        if sums[name] != value:
+            raise DataError(f"{folder / name}: damaged, its checksum differs; {cure}")
     if more := sorted(now.weights.keys() - known.weights.keys()):
         raise DataError(f"{folder / more[0]}: no part of this result; remove the file")
 
@@ -447,7 +423,7 @@ class Lease:
     """The right to write into a folder, which ends with its lock file."""
 
     file: Path
-    identity: tuple[int, int]
+    opened: os.stat_result
 
     def check(self) -> None:
         """Raises UserError if the folder was deleted meanwhile, or is another process's now."""
@@ -455,11 +431,7 @@ class Lease:
             raise UserError(f"{self.file.parent}: was deleted or replaced while this process ran")
 
     def holds(self) -> bool:
-        return self.file.exists() and _identity(self.file.stat()) == self.identity
-
-
-def _identity(status: os.stat_result) -> tuple[int, int]:
-    return status.st_dev, status.st_ino
+        return self.file.exists() and os.path.samestat(self.file.stat(), self.opened)
 
 
 @contextmanager
@@ -488,7 +460,7 @@ def locked(folder: Path) -> Iterator[Lease]:
             handle.truncate(0)
             handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             handle.flush()
-        lease = Lease(file, _identity(os.fstat(handle.fileno())))
+        lease = Lease(file, os.fstat(handle.fileno()))
         lease.check()
         for place in {torn.parent for torn in folder.rglob(f"{STAGING}*")}:
             _remove_abandoned(place, "")

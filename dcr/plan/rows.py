@@ -8,7 +8,7 @@ from typing import Any
 
 from dcr import balance
 from dcr.balance import Balance
-from dcr.core import data, prompts, storage
+from dcr.core import data, prompts
 from dcr.core.config import EMBEDDED_MODEL, TINY_MODEL, ModelConfig, Stage
 from dcr.core.config.training import TrainConfig
 from dcr.core.data import Splits
@@ -40,8 +40,10 @@ def expected(settings: TrainConfig) -> tuple[Splits, Balance | None, list[str]]:
 
 def tokenizer_is_here(config: ModelConfig) -> bool:
     """Whether the tokenizer opens without the network and without a conversion of weights."""
+    from dcr import builtin
+
     if config.name == EMBEDDED_MODEL:
-        return (storage.cache_folder() / EMBEDDED_MODEL / "config.json").is_file()
+        return (builtin.cache_folder() / EMBEDDED_MODEL / "config.json").is_file()
     return config.name == TINY_MODEL or Path(config.name).is_dir()
 
 
