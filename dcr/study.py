@@ -39,7 +39,7 @@ from dcr.extensions import EvalSettings, TrainSettings
 from dcr.own import load
 from dcr.plan import cost
 
-SLOW_IMPORTS = ("dcr.train", "dcr.core.evaluation.metrics")
+SLOW_IMPORTS = ("dcr.train", "dcr.core.evaluation.scoring", "dcr.core.evaluation.subjects")
 SET_BY_STUDY = {  # settings of train.py and eval.py that no user gives
     *("run", "stage", "plan", "force", "output", "snapshots", "steps", "sweep"),
     *("endpoint", "endpoint_model", "endpoint_key", "endpoint_parameters"),
@@ -285,7 +285,6 @@ def split_settings(words: Sequence[str]) -> tuple[list[str], list[str]]:
 def check_jobs(planned: Sequence[Job]) -> None:
     """Raises UserError for a fault of any job that shows before weights are opened."""
     from dcr import train as training_script
-    from dcr.core.evaluation import metrics
 
     for job in planned:
         if job.training is not None:
@@ -296,10 +295,10 @@ def check_jobs(planned: Sequence[Job]) -> None:
             except ConfigError as fault:
                 raise ConfigError(f"{job.name}: {fault} (here: out=)") from fault
         for settings in job.evaluations:
-            asked = metrics.read(settings)
+            asked = evaluation.read(settings)
             if job.training is None:  # the others are asked the same, in the same words
-                metrics.check(settings, job.run)
-                metrics.check_prompts(settings, job.run, asked)
+                found = evaluation.checked(settings, job.run)
+                found[0].check_prompts([*asked.sets, *asked.ranked])
 
 
 # --- parts --------------------------------------------------------------------------------------
@@ -487,8 +486,6 @@ def write_page(planned: Sequence[Job], failed: dict[str, str], page: Path, table
 
 def describe(planned: Sequence[Job]) -> str:
     """A table of the jobs: which parts are done, shared, or take how long."""
-    from dcr.core.evaluation import metrics
-
     chains = [stages_of(job.training) for job in planned if job.training]
     named = [stage for stage in STAGES if any(stage in chain for chain in chains)]
     heads = ["job", *(NAMES[stage] for stage in named), "evaluations", "folder"]
@@ -498,7 +495,7 @@ def describe(planned: Sequence[Job]) -> str:
     for job in planned:
         cells = [_stage_cell(job, stage, first, seconds) for stage in named]
         done = sum(part.done() for part in job.parts()[-len(job.evaluations) :])
-        answers = sum(len(one.rows) for e in job.evaluations for one in metrics.read(e).sets)
+        answers = sum(len(one.rows) for e in job.evaluations for one in evaluation.read(e).sets)
         cells.append("done" if done == len(job.evaluations) else f"{answers} answers")
         table.add_row(job.name, *cells, job.run.folder.name)
     total = plan.duration(sum(seconds))

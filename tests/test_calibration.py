@@ -21,7 +21,7 @@ from dcr.calibration import biases as calibration
 from dcr.calibration.biases import Beginnings
 from dcr.core import config, generation, models, prompts, storage
 from dcr.core.config import ConfigError, EvaluationSets, LoraConfig, ModelConfig, Precision
-from dcr.core.evaluation import metrics, subjects
+from dcr.core.evaluation import subjects
 from dcr.core.generation import OpeningBias
 from dcr.core.models import Policy, folders, structure
 from dcr.core.models.training import save_adapter, save_full
@@ -323,7 +323,7 @@ def test_what_cannot_be_calibrated_is_refused(
     tmp_path: Path, overrides: Sequence[str], words: str
 ) -> None:
     with pytest.raises(ConfigError, match=words):
-        metrics.check(*resolved(tmp_path, *overrides))
+        eval_entry.checked(*resolved(tmp_path, *overrides))
 
 
 def test_a_model_that_never_refuses_is_not_calibrated(

@@ -17,7 +17,7 @@ from dcr import cli, keywords
 from dcr import eval as eval_entry
 from dcr.core import models, storage
 from dcr.core.config import ConfigError, DataError, Precision, SourcesByKind, UserError
-from dcr.core.evaluation import metrics, subjects
+from dcr.core.evaluation import subjects
 from dcr.core.refusal import opening as refusal
 from dcr.core.runs import Run
 from dcr.extensions import EvalSettings
@@ -284,7 +284,7 @@ def test_the_reference_of_alpaca_eval_answers_plainly(
     assert len(own) == len(other) == len(compared) == 4
     for pair in compared:
         assert (pair.reference, pair.answer) == (other[pair.id].response, own[pair.id].response)
-    rows = [row for b in metrics.read(plain).sets for row in b.rows]
+    rows = [row for b in eval_entry.read(plain).sets for row in b.rows]
     answered = subjects.final(plain, run).answer(rows)
     assert {c.id: c for batch in answered for c in batch} == other
 
@@ -481,9 +481,9 @@ def test_tasks_without_a_prompt_are_refused(tasks: str, empty: list[str], tmp_pa
 
 def test_tasks_that_need_no_prompts_go_on_without_any() -> None:
     told = ("model=tiny", "data.evaluation.over_refusal=[]", "data.evaluation.safety=[]")
-    assert len(metrics.read(resolved("model=tiny", "tasks=[safety,safety]")[0]).sets) == 1
+    assert len(eval_entry.read(resolved("model=tiny", "tasks=[safety,safety]")[0]).sets) == 1
     settings, _ = resolved(*told, "tasks=[safety,ability]")
-    asked = metrics.read(settings)
+    asked = eval_entry.read(settings)
     assert ([*asked.tasks], asked.sets, asked.ranked) == (["ability"], [], [])
 
 

@@ -19,7 +19,7 @@ from dcr import cli, results
 from dcr import eval as eval_entry
 from dcr.core import models, prompts, sources, storage
 from dcr.core.config import ConfigError, DataError, Kind, ModelConfig, Precision
-from dcr.core.evaluation import metrics, subjects
+from dcr.core.evaluation import subjects
 from dcr.core.generation import Completion
 from dcr.core.models import Policy
 from dcr.core.refusal import opening as refusal
@@ -322,7 +322,7 @@ def test_what_a_gate_cannot_do_is_said_in_one_line(
     gate = write_gate(tmp_path / "gate", learnt=["harmfulq", "mine.jsonl"])
     given = [word.format(gate=gate, conf=CONF) for word in overrides]
     with pytest.raises(ConfigError, match=words):
-        metrics.check(*resolved(tmp_path, *given))
+        eval_entry.checked(*resolved(tmp_path, *given))
 
 
 def test_an_export_s_bias_is_no_threshold(tmp_path: Path) -> None:
@@ -330,7 +330,7 @@ def test_an_export_s_bias_is_no_threshold(tmp_path: Path) -> None:
     storage.write_json(export / "generation_config.json", {"sequence_bias": [[[1, 2], 3.0]]})
     words = f"gate={write_gate(tmp_path / 'gate')}", f"calibrate={export}"
     with pytest.raises(ConfigError, match="this folder holds a bias, and a gate needs a threshold"):
-        metrics.check(*resolved(tmp_path, *words))
+        eval_entry.checked(*resolved(tmp_path, *words))
 
 
 def test_a_damaged_gate_is_named(tmp_path: Path) -> None:

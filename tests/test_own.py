@@ -16,9 +16,9 @@ import pytest
 import yaml
 
 from dcr import cli, own, resolving, results, study, wandb_scores
+from dcr import eval as eval_entry
 from dcr.core import config, continuing, runs
 from dcr.core.config import UserError
-from dcr.core.evaluation import metrics
 from dcr.extensions import EvalSettings
 from dcr.report import __main__ as report
 from tests import test_goldens, tiny_run
@@ -282,8 +282,8 @@ def test_a_path_carries_its_settings_to_other_processes_and_is_text_on_disk() ->
 def checked(*words: str) -> None:
     """As `eval.py` checks before a model is loaded."""
     settings, run = cli.resolved(cli.compose("eval", words), EvalSettings)
-    metrics.check(settings, run)
-    metrics.read(settings)
+    eval_entry.checked(settings, run)
+    eval_entry.read(settings)
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dcr import eval as eval_entry
 from dcr.core import sources
 from dcr.core.config import ConfigError, DataConfig, EvaluationSets, Kind
-from dcr.core.evaluation import metrics, sets
+from dcr.core.evaluation import sets
 from dcr.core.evaluation.sets import PromptSet
 from dcr.core.generation import Completion
 from dcr.extensions import TABLE, EvalSettings
@@ -65,7 +66,7 @@ def test_real_sets_are_read_whole_and_sampled(caplog: pytest.LogCaptureFixture) 
 
 def test_strengths_are_chosen_on_prompts_of_another_origin_than_extraction() -> None:
     settings = EvalSettings(steering=SteeringConfig(validation=True), limit=5)
-    asked = metrics.read(settings).sets
+    asked = eval_entry.read(settings).sets
     assert {(b.name, b.kind, len(b.rows)) for b in asked} == {
         ("contrasts_toxic_heldout", Kind.toxic, 5),
         ("contrasts_seemingly_toxic_heldout", Kind.seemingly_toxic, 5),

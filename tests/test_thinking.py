@@ -20,7 +20,7 @@ from dcr import eval as eval_entry
 from dcr.calibration import biases
 from dcr.core import generation, prompts
 from dcr.core.config import ConfigError, DataError, Kind, ModelConfig
-from dcr.core.evaluation import metrics, subjects
+from dcr.core.evaluation import subjects
 from dcr.core.evaluation.sets import PromptSet
 from dcr.core.models import Policy
 from dcr.core.prompts import IGNORED, ChatFormat
@@ -389,7 +389,7 @@ def test_what_has_no_meaning_with_thoughts_is_refused(
     tmp_path: Path, overrides: Sequence[str], says: str
 ) -> None:
     with pytest.raises(ConfigError, match=says):
-        metrics.check(*resolved(tmp_path, *overrides))
+        eval_entry.checked(*resolved(tmp_path, *overrides))
 
 
 def test_an_export_answers_behind_an_empty_thought() -> None:

@@ -12,10 +12,10 @@ from typing import Any
 from dcr.core import storage
 from dcr.core.config import Kind
 from dcr.core.evaluation import protocols, scoring, sets
-from dcr.core.evaluation.metrics import LAST, OWN
 from dcr.core.evaluation.protocols import Subject
 from dcr.core.evaluation.sets import PromptSet
 from dcr.core.generation import Completion
+from dcr.eval import LAST, OWN
 from dcr.results import schema
 
 log = logging.getLogger(__name__)
