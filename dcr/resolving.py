@@ -26,7 +26,7 @@ from dcr.core.config import (
 )
 from dcr.core.config.evaluation import AUTO_LENGTH, KEYWORD, EvalConfig
 from dcr.core.config.training import AUTO_LAYER, FSDP, Adapter, Moments, TrainConfig, stages_of
-from dcr.core.thoughts import SWITCHES
+from dcr.core.prompts import SWITCHES
 from dcr.own import Named
 
 Node = TypeVar("Node", bound=ScriptSettings)

@@ -15,12 +15,13 @@ from pydantic import FiniteFloat
 from torch import Tensor
 from transformers import SequenceBiasLogitsProcessor
 
-from dcr.core import extending, machine, passes, thoughts
+from dcr.core import extending, machine, passes
 from dcr.core.config import ConfigError, DataError
 from dcr.core.config.evaluation import GenConfig
 from dcr.core.models import Policy, structure
 from dcr.core.prompts import ChatFormat, special_tokens
 from dcr.core.sources import Example
+from dcr.core.text import answer_in
 
 log = logging.getLogger(__name__)
 
@@ -180,7 +181,7 @@ def text(chat: ChatFormat, answer: Sequence[int]) -> str:
     words = str(chat.tokenizer.decode(said, skip_special_tokens=True))
     if chat.marks:  # which may be special tokens
         spelled = str(chat.tokenizer.decode(said, skip_special_tokens=False))
-        if (behind := thoughts.answer_in(spelled, chat.marks)) != spelled:
+        if (behind := answer_in(spelled, chat.marks)) != spelled:
             words = behind
             for token in special_tokens(chat.tokenizer):
                 words = words.replace(token, "")

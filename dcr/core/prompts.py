@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dcr.core import extending, thoughts
+from dcr.core import extending
 from dcr.core.config import ConfigError, DataError, Language, ModelConfig, Terminator
-from dcr.core.text import CHATML, messages, turns_of
+from dcr.core.text import CHATML, Marks, marks_of, messages, turns_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +26,8 @@ log = logging.getLogger(__name__)
 
 IGNORED = -100  # label of positions without a loss, as everywhere in transformers
 ZERO_WIDTH_SPACE = "\u200b"
-PLACEHOLDER = thoughts.PROMPT
+PLACEHOLDER, ANSWER = "0x5f3759df", "0x9e3779b9"  # turns that no template holds
+SWITCHES = ("enable_thinking", "thinking")  # variables by which templates turn thoughts off
 LLAMA3 = (
     "{% for m in messages %}"
     "<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>"
@@ -166,16 +167,16 @@ class ChatFormat:
 
     def render(self, template: str, answered: bool, variables: Mapping[str, Any]) -> str:
         """Another template's text of a dialogue, as `thoughts` asks for it."""
-        turns = self._turns(thoughts.PROMPT)
+        turns = self._turns(PLACEHOLDER)
         if answered:
-            turns.append({"role": "assistant", "content": thoughts.ANSWER})
+            turns.append({"role": "assistant", "content": ANSWER})
         other = replace(self, template=template)
         return other._render(turns, not answered, **variables)
 
     @property
-    def marks(self) -> thoughts.Marks | None:
+    def marks(self) -> Marks | None:
         """The marks around thoughts; None if the template speaks of none."""
-        return thoughts.marks_of(self.template)
+        return marks_of(self.template)
 
     def encode(self, text: str) -> list[int]:
         """The ids of text that holds control tokens, without those that begin every text."""
@@ -238,21 +239,30 @@ def chat_format(
     return replace(probe, terminator=end, stop=stop, language=config.language)
 
 
+def given(template: str, variables: Mapping[str, Any]) -> str:
+    """The template with values for variables that whoever renders it leaves undefined."""
+    set_ones = (
+        f"{{% if not {name} is defined %}}{{% set {name} = {json.dumps(value)} %}}{{% endif %}}"
+        for name, value in variables.items()
+    )
+    return "".join(set_ones) + template
+
+
 def _ending_thoughts(probe: ChatFormat, config: ModelConfig) -> str:
     """The template with the user's variables, whose prompts end behind an empty thought."""
-    template = thoughts.given(probe.template, config.template_variables)
-    if config.close_thoughts is False or thoughts.marks_of(template) is None:
+    template = given(probe.template, config.template_variables)
+    if config.close_thoughts is False or marks_of(template) is None:
         return template
     return extending.part("closed_thoughts")(replace(probe, template=template), config)
 
 
 def _chat_end(probe: ChatFormat) -> int | None:
     """The special token that the template puts behind the assistant's words."""
-    lead, whole = probe.text(thoughts.PROMPT), probe.render(probe.template, True, {})
+    lead, whole = probe.text(PLACEHOLDER), probe.render(probe.template, True, {})
     if probe.marks is None and not whole.startswith(lead):
         return None
     special = special_tokens(probe.tokenizer).values()
-    behind = probe.encode(whole.rpartition(thoughts.ANSWER)[2])
+    behind = probe.encode(whole.rpartition(ANSWER)[2])
     return next((token for token in behind if token in special), None)
 
 

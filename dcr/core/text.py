@@ -1,12 +1,15 @@
 """Text to compare, name, show and store; imports nothing else of the package.
 
-`normalise` compares prompts, `conversation` spells turns as one prompt, `label_of` names folders,
-and `CHATML` is the template of tokenizers without one.
+`normalise` compares prompts, `conversation` spells turns as one prompt, `Marks` stand around the
+thought before an answer, `label_of` names folders, and `CHATML` is the template of tokenizers
+without one.
 """
 
+import functools
 import re
 import unicodedata
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import PurePath
 
 CHATML = (  # for tokenizers without a chat template
@@ -107,6 +110,71 @@ def messages(
         own = [turns.pop(0)[1]] if turns[0][0] == "system" else []
         turns.insert(0, ("system", "\n\n".join([system, *own])))
     return [{"role": role, "content": words} for role, words in turns]
+
+
+# --- thoughts -------------------------------------------------------------------------------------
+#
+# A thinking model reasons before it answers. The marks around a thought come from the template of
+# the model, never from its name.
+
+
+@dataclass(frozen=True)
+class Marks:
+    """The texts around a thought.
+
+    Attributes:
+        opens: the text that a thought stands behind.
+        closes: the text that ends it.
+        answers: the text that an answer stands behind, by which a template is known.
+        between: stands between `closes` and the answer where the template does not show it.
+    """
+
+    opens: str
+    closes: str
+    answers: str
+    between: str = ""
+
+    def ending(self, begun: str) -> str:
+        """The text that ends a thought at once: on a line of its own where a line has `begun`."""
+        return "\n" * begun.endswith("\n") + self.closes + self.between
+
+
+def _tags(opens: str, closes: str) -> Marks:
+    return Marks(opens, closes, closes, "\n\n" if opens.endswith("\n") else "")
+
+
+MARKS = (
+    _tags("<think>\n", "</think>"),  # Qwen3, DeepSeek R1, SmolLM3, GLM and most others
+    _tags("<seed:think>", "</seed:think>"),
+    _tags("[THINK]", "[/THINK]"),  # Magistral
+    _tags("<|channel>thought\n", "<channel|>"),  # Gemma 4
+    Marks(  # gpt-oss, whose channels are turns of their own
+        opens="<|channel|>analysis<|message|>",
+        closes="<|end|>",
+        answers="<|channel|>final<|message|>",
+        between="<|start|>assistant<|channel|>final<|message|>",
+    ),
+)
+
+
+@functools.lru_cache(maxsize=16)
+def marks_of(template: str) -> Marks | None:
+    """The marks that a chat template speaks of; None if it knows no thoughts."""
+    return next((marks for marks in MARKS if marks.answers in template), None)
+
+
+def answer_in(text: str, marks: Marks) -> str:
+    """The part of a text that is no thought: nothing if the thought has no end."""
+    _, found, answer = text.rpartition(marks.answers)
+    if found:
+        return answer
+    return "" if text.lstrip().startswith(marks.opens.strip()) else text
+
+
+def opens_thought(text: str) -> bool:
+    """Whether a text begins with a mark that opens a thought, or is the token that begins one."""
+    begun = text.strip()
+    return begun == "<|channel|>" or any(begun.startswith(m.opens.strip()) for m in MARKS)
 
 
 # --- names ----------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dcr.core import thoughts
 from dcr.core.config import ConfigError
 from dcr.core.config.evaluation import EvalConfig, GenConfig
 from dcr.core.evaluation import sets
@@ -18,7 +17,7 @@ from dcr.core.generation import Completion
 from dcr.core.refusal import opening as refusal
 from dcr.core.runs import Run
 from dcr.core.sources import Example
-from dcr.core.text import messages
+from dcr.core.text import MARKS, answer_in, messages, opens_thought
 from dcr.endpoints import HTTPConfig, ServerConfig, calls, servers
 from dcr.endpoints.answers import Failure, Reply
 from dcr.endpoints.servers import EndpointError
@@ -142,7 +141,7 @@ def check_shown(server: ServerConfig, http: HTTPConfig) -> None:
         )
     shown = reply.top[0] if isinstance(reply, Reply) and reply.top else {}
     likeliest = max(shown, key=lambda text: shown[text], default="")
-    if thoughts.opens_one(likeliest):
+    if opens_thought(likeliest):
         raise ConfigError(
             f"tasks=[discernment] endpoint={server.url}: its answers begin with a thought "
             f"({likeliest.strip()}), behind which no token is shown; turn thoughts off, as "
@@ -176,8 +175,8 @@ def complete(
 
 def without_thought(text: str) -> str:
     """The answer in the text of a server, whose template is not known: of marks that are tags."""
-    for marks in thoughts.MARKS:
-        if marks.answers == marks.closes and (behind := thoughts.answer_in(text, marks)) != text:
+    for marks in MARKS:
+        if marks.answers == marks.closes and (behind := answer_in(text, marks)) != text:
             return behind
     return text
 

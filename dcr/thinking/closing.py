@@ -10,12 +10,12 @@ from typing import Any
 
 from dcr.core import prompts
 from dcr.core.config import ModelConfig
-from dcr.core.prompts import ChatFormat
-from dcr.core.thoughts import ANSWER, PROMPT, SWITCHES, Marks, given
+from dcr.core.prompts import ANSWER, PLACEHOLDER, SWITCHES, ChatFormat, given
+from dcr.core.text import Marks
 
 log = logging.getLogger(__name__)
 
-# A template's text of a dialogue of PROMPT, with ANSWER or with the header of an answer alone.
+# A template's text of a dialogue of PLACEHOLDER, with ANSWER or with the header of an answer alone.
 Render = Callable[[str, bool, Mapping[str, Any]], str]
 
 
@@ -72,7 +72,7 @@ def switch_of(template: str, render: Render) -> str | None:
 
 def state_of(prompt: str, marks: Marks) -> str:
     """The mark that stands last behind the user's words, in the header of the answer; or none."""
-    header = prompt.rpartition(PROMPT)[2]
+    header = prompt.rpartition(PLACEHOLDER)[2]
     places = {mark: header.rfind(mark.strip()) for mark in (marks.opens, marks.answers)}
     last = max(places, key=lambda mark: places[mark])
     return last if places[last] >= 0 else ""

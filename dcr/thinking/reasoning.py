@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from dcr import keywords
-from dcr.core import generation, models, passes, prompts, storage, thoughts
+from dcr.core import generation, models, passes, prompts, storage
 from dcr.core.config import ConfigError
 from dcr.core.config.evaluation import EvalConfig
 from dcr.core.evaluation import sets
@@ -28,6 +28,7 @@ from dcr.core.prompts import ChatFormat
 from dcr.core.refusal import keywords as refusal
 from dcr.core.runs import Run
 from dcr.core.sources import Example
+from dcr.core.text import marks_of
 from dcr.thinking import closing
 
 PLACE = "thoughts"  # the folder of the thoughts, a file a set
@@ -127,11 +128,11 @@ def opened(settings: EvalConfig, chat: ChatFormat) -> ChatFormat:
 
 def opened_template(template: str, render: closing.Render) -> str | None:
     """The template whose prompts end where a thought begins; None if it closes each."""
-    marks = thoughts.marks_of(template)
+    marks = marks_of(template)
     if marks is None:
         return None
     switch = closing.switch_of(template, render)
-    plain = thoughts.given(template, {switch: True} if switch else {})
+    plain = prompts.given(template, {switch: True} if switch else {})
     state = closing.state_of(render(plain, False, {}), marks)
     if state == marks.answers:
         return None
@@ -202,14 +203,14 @@ def _behind(
     """
     marks = plain.marks
     assert marks is not None
-    header = plain.text(thoughts.PROMPT).rpartition(thoughts.PROMPT)[2]
+    header = plain.text(prompts.PLACEHOLDER).rpartition(prompts.PLACEHOLDER)[2]
     _, found, between = header.rpartition(marks.closes)
     between = between if found and marks.closes == marks.answers else marks.between
     if prompt not in made:
         return plain.encode(prompt) + plain.encode(marks.closes + between)
     if marks.closes in spelled(plain, made[prompt][-LATEST:]):
         return made[prompt] + plain.encode(between)
-    line = "\n" * thinking.text(thoughts.PROMPT).endswith("\n")
+    line = "\n" * thinking.text(prompts.PLACEHOLDER).endswith("\n")
     return made[prompt] + plain.encode(line + marks.closes + between)
 
 

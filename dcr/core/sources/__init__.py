@@ -25,8 +25,7 @@ from typing import IO, Any
 
 from dcr.core import extending
 from dcr.core.config import ConfigError, DataError, Kind, UserError, class_of, is_path
-from dcr.core.text import ROLES, TURN, conversation, follows, last_turn, normalise
-from dcr.core.thoughts import opens_one
+from dcr.core.text import ROLES, TURN, conversation, follows, last_turn, normalise, opens_thought
 
 log = logging.getLogger(__name__)
 
@@ -361,7 +360,7 @@ def response(row: Row, where: str, required: bool) -> str | None:
         raise DataError(f"{where}: response: missing; training pairs need the answer to learn")
     if words is not None and is_blank(words):
         raise DataError(f"{where}: response: empty; write the answer or remove the row")
-    if words is not None and opens_one(words):
+    if words is not None and opens_thought(words):
         raise DataError(
             f"{where}: response: begins with a thought; give the answer alone, which is learnt "
             "behind an empty one"
