@@ -25,11 +25,12 @@ from torch.nn import functional as F
 from transformers import get_cosine_schedule_with_warmup
 
 from dcr import extensions, resolving
+from dcr.activations import head_logits
 from dcr.calibration import biases
 from dcr.core import learning, passes, prompts, sources, storage
 from dcr.core.config import ConfigError, Kind, Precision, UserError
 from dcr.core.models import Policy, folders, structure
-from dcr.core.models.training import head_logits, save_adapter
+from dcr.core.models.training import save_adapter
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
 from dcr.core.sources import Example

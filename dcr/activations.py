@@ -1,4 +1,4 @@
-"""Reads and edits blocks at their sites.
+"""Reads and edits blocks at their sites, and says which tokens states behind them lead to.
 
 Sites are found by structure, not by family. HF's `hidden_states[ℓ]` is the output of block ℓ for
 every ℓ below the depth; after the last block HF applies the final norm and this module does not.
@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from dcr.core import passes
 from dcr.core.config import ConfigError
 from dcr.core.models import structure
-from dcr.core.models.training import trunk
+from dcr.core.models.training import head_arguments, trunk
 
 
 class Site(Enum):
@@ -141,3 +142,13 @@ def states(
         placed = passes.placed(cut, passes.positions(mask))
         cut(input_ids=ids, attention_mask=mask.long(), use_cache=False, **placed)
     return torch.stack(by_block)
+
+
+def head_logits(
+    model: Any, hidden: Float[Tensor, "places width"]
+) -> Float[Tensor, "places vocabulary"]:
+    """The next-token logits of final-normed hidden states, in fp32."""
+    parts = head_arguments(model)
+    linear = F.linear(hidden, parts["head_weight"], parts["bias"]).float() * parts["logit_scale"]
+    cap = parts["softcap"]
+    return linear if cap is None else cap * torch.tanh(linear / cap)

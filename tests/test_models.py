@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dcr import builtin
+from dcr.activations import head_logits
 from dcr.core import losses, models, storage
 from dcr.core.config import ConfigError, LoraConfig, ModelConfig, Precision
 from dcr.core.models import Policy, folders, structure
 from dcr.core.models.training import (
     freeze_beyond,
     head_arguments,
-    head_logits,
     save_adapter,
     save_full,
     skeleton,

@@ -17,13 +17,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from dcr.activations import head_logits
 from dcr.core import runs, statistics, storage, training
 from dcr.core.config import ConfigError, Precision, Stage
 from dcr.core.config.training import ReadoutConfig, Schedule
 from dcr.core.data.rows import NO_CLASS, SEEMINGLY_TOXIC, TOXIC, Batch
 from dcr.core.machine import attention_mask, padded
 from dcr.core.models import Policy, folders, structure
-from dcr.core.models.training import head_logits, save_adapter
+from dcr.core.models.training import save_adapter
 from dcr.core.refusal import opening as refusal
 from dcr.core.training import Feed, Job, SafetyData, callbacks
 from dcr.core.training.resuming import ResumableModule, adamw, rate_factor

@@ -10,11 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dcr.activations import Site
+from dcr.activations import Site, head_logits
 from dcr.analyses import separability
 from dcr.core.config import ConfigError
 from dcr.core.models import Policy, structure
-from dcr.core.models.training import head_logits
 from dcr.core.prompts import ChatFormat
 from dcr.core.refusal import opening as refusal
 from dcr.steering import ProbeConfig, SteeringConfig, vectors

@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dcr.core import storage
@@ -77,16 +75,6 @@ def head_arguments(model: Any) -> dict[str, Any]:
         "softcap": getattr(text, "final_logit_softcapping", None),
         "logit_scale": scale / (getattr(text, "logits_scaling", None) or 1.0),
     }
-
-
-def head_logits(
-    model: Any, hidden: Float[Tensor, "places width"]
-) -> Float[Tensor, "places vocabulary"]:
-    """The next-token logits of final-normed hidden states, in fp32."""
-    parts = head_arguments(model)
-    linear = F.linear(hidden, parts["head_weight"], parts["bias"]).float() * parts["logit_scale"]
-    cap = parts["softcap"]
-    return linear if cap is None else cap * torch.tanh(linear / cap)
 
 
 def gathered(tensor: Tensor) -> Tensor:
