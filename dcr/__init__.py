@@ -10,6 +10,7 @@ PARTS: dict[str, str] = {
     "end_of_responses": "dcr.terminators:chosen_end",
     "free_threads": "dcr.headroom:free_threads",
     "made_with": "dcr.headroom:made_with",
+    "overlaps": "dcr.overlaps:overlaps",
     "quantised_model": "dcr.quantising:open_quantised",
     "recorded": "dcr.headroom:recorded",
     "sources": "dcr.public:SOURCES",

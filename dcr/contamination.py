@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from dcr.core import sources
 from dcr.core.config import DataConfig, DataError, Kind, UserError
-from dcr.core.data import overlaps
 from dcr.core.evaluation.sets import PromptSet
 from dcr.core.runs import Run
 from dcr.core.sources import Example
 from dcr.core.text import normalise
+from dcr.overlaps import overlaps
 
 if TYPE_CHECKING:
     from dcr.report.grids import Cell, Grid

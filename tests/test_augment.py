@@ -29,9 +29,10 @@ from dcr.core.config import (
     SourceConfig,
     UserError,
 )
-from dcr.core.data import Splits, overlaps
+from dcr.core.data import Splits
 from dcr.core.runs import Run
 from dcr.extensions import TrainSettings
+from dcr.overlaps import overlaps
 from dcr.own import Named
 from dcr.plan import expected
 from dcr.stl_aug import AugmentConfig

@@ -10,8 +10,9 @@ import pytest
 from dcr.contamination import report, texts_of
 from dcr.core import sources
 from dcr.core.config import Kind
-from dcr.core.data import COMPARED_CHARACTERS, Overlap, Splits, overlaps, row_record
+from dcr.core.data import Splits, row_record
 from dcr.core.text import normalise
+from dcr.overlaps import COMPARED_CHARACTERS, Overlap, overlaps
 from tests.tiny_run import write_jsonl
 
 

@@ -14,7 +14,7 @@ from test_prompts import formatted, tokenizer
 
 from dcr import builtin, train
 from dcr import eval as eval_entry
-from dcr.core import data, models, prompts, sources
+from dcr.core import models, prompts, sources
 from dcr.core.config import ConfigError, DataError, Kind
 from dcr.core.config.evaluation import GenConfig
 from dcr.core.config.training import Pooling
@@ -35,6 +35,7 @@ from dcr.endpoints import HTTPConfig, ServerConfig, subject
 from dcr.judges import served
 from dcr.label import sheets
 from dcr.outcomes import outcome
+from dcr.overlaps import overlaps
 from dcr.public import SOURCES
 from dcr.report import __main__ as report
 from dcr.results.file import stored_answers
@@ -197,7 +198,7 @@ def test_repeats_are_whole_and_overlap_is_by_the_last_turn(
     assert [row.id for row in kept] == ["0", "1"]
     assert [row.id for row in dropped] == ["2"]
     far = conversation([*TURNS[:-1], ("user", "Which cheese do they like best of all?")])
-    found = data.overlaps(
+    found = overlaps(
         [PROMPT, far, "how do I kill one"], {"one": ["How do I kill one?"], "many": [other]}
     )
     assert [overlap and (overlap.set, overlap.exact) for overlap in found] == [
@@ -205,7 +206,7 @@ def test_repeats_are_whole_and_overlap_is_by_the_last_turn(
         None,
         ("one", True),
     ]
-    assert data.overlaps(["how do I kill one"], {"many": [other]})[0] is not None
+    assert overlaps(["how do I kill one"], {"many": [other]})[0] is not None
     monkeypatch.setattr(sources, "_digests", lambda: {sources.digest("how do i kill one")})
     assert sources.is_final(PROMPT)
     assert not sources.is_final(far)

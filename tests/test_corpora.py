@@ -20,11 +20,12 @@ from sklearn.model_selection import GroupKFold
 
 import dcr
 from dcr import balance, keywords, resolving
-from dcr.core import data, sources
+from dcr.core import sources
 from dcr.core.config import Kind
 from dcr.core.sources import Example
 from dcr.core.text import normalise
 from dcr.extensions import TrainSettings
+from dcr.overlaps import overlaps
 from dcr.public import SOURCES
 from tests.tiny_run import DATA, composed, drawn, real
 
@@ -77,8 +78,7 @@ def prompts(rows: list[Example]) -> list[str]:
 
 
 def near(rows: list[Example], others: dict[str, list[str]]) -> list[Any]:
-    overlaps = data.overlaps(prompts(rows), others, near=0.9)
-    return [overlap for overlap in overlaps if overlap]
+    return [overlap for overlap in overlaps(prompts(rows), others, near=0.9) if overlap]
 
 
 # --- both ---

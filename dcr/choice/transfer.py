@@ -15,12 +15,13 @@ from dcr.analyses import separability
 from dcr.balance import Balance
 from dcr.choice import origins
 from dcr.choice.origins import FEWEST, LIMIT, Material, SourcePair
-from dcr.core import data, machine, models, prompts
+from dcr.core import machine, models, prompts
 from dcr.core.config import ConfigError, Kind
 from dcr.core.config.training import TrainConfig, block_of
 from dcr.core.data.rows import LABELS, prompt_rows
 from dcr.core.models import Policy
 from dcr.core.statistics import Interval
+from dcr.overlaps import overlaps
 
 log = logging.getLogger(__name__)
 
@@ -242,8 +243,8 @@ def _tests(
     for name, test in material.tests_of(pair).items():
         points, labels = _labelled(test, features)
         prompts = [row.prompt for side in test.sides for row in material.rows[side]]
-        overlaps = data.overlaps(prompts, {"train": trained}, near=near)
-        fresh = torch.tensor([overlap is None for overlap in overlaps])
+        close = overlaps(prompts, {"train": trained}, near=near)
+        fresh = torch.tensor([overlap is None for overlap in close])
         if torch.bincount(labels[fresh], minlength=2).min() >= FEWEST:
             tests[name] = (points[:, fresh], labels[fresh])
     if not tests:

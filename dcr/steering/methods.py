@@ -16,13 +16,13 @@ from dcr.calibration.biases import validation
 from dcr.core import extending, models, sources, storage
 from dcr.core.config import DataConfig
 from dcr.core.config.evaluation import EvalConfig
-from dcr.core.data import overlaps
 from dcr.core.evaluation.protocols import Change
 from dcr.core.evaluation.sets import PromptSet
 from dcr.core.evaluation.subjects import Local
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat, chat_format
 from dcr.core.runs import Run
+from dcr.overlaps import overlaps
 from dcr.steering import SteeringConfig, probe, scans, surgical, vectors
 from dcr.steering.edits import Edits, Plan, edited
 from dcr.steering.prompts import Extraction, extraction

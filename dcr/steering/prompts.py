@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 
 from dcr.core import sources
 from dcr.core.config import ConfigError, DataConfig, Kind, SourcesByKind
-from dcr.core.data import apart, evaluation_prompts, overlaps
+from dcr.core.data import apart, evaluation_prompts
 from dcr.core.sources import Example
+from dcr.overlaps import overlaps
 from dcr.steering import SteeringConfig
 
 KINDS = tuple(kind.value for kind in Kind)

@@ -8,8 +8,9 @@ from dcr import keywords
 from dcr.core import sources
 from dcr.core.config import ConfigError, DataConfig, DataError, Kind, is_path
 from dcr.core.config.training import TrainConfig
-from dcr.core.data import Cleaning, Splits, overlaps, split_by_group, without
+from dcr.core.data import Cleaning, Splits, split_by_group, without
 from dcr.core.sources import Example
+from dcr.overlaps import overlaps
 from dcr.public import SOURCES
 from dcr.stl_aug import AugmentConfig
 

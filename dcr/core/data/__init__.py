@@ -7,26 +7,21 @@ drop, and which sets are in-distribution by design (XSTest safe for stage one) a
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
-
-import numpy as np
-from rapidfuzz import fuzz, process
 
 from dcr.core import extending, sources
 from dcr.core.config import ConfigError, DataConfig, Kind, Method
 from dcr.core.config.training import ReadoutConfig, TrainConfig
 from dcr.core.refusal.keywords import is_refusal
 from dcr.core.sources import Example
-from dcr.core.text import last_turn, normalise
+from dcr.core.text import normalise
 
 CONTRASTIVE_NODES = ("seemingly_toxic", "toxic")
 PAIR_NODES = ("safety", "normal")  # whose rows are learnt with their responses
 RARE = ("augmented", "readout")  # beginnings of the names of lists that few runs have
 HELD_OUT_PAIRS = 64  # prompts a class that stage one is watched on; more would only cost time
-COMPARED_CHARACTERS = 512  # of a normalised prompt: bounds the quadratic cost of long texts
-ROWS_AT_ONCE = 256  # with 20,000 candidates a block of scores takes 20 MB
 
 
 @dataclass(frozen=True)
@@ -84,7 +79,7 @@ def apart(
     rows: Sequence[Example], evaluated: Mapping[str, Sequence[str]], near: float
 ) -> tuple[list[Example], Counter[str]]:
     """The rows that are no prompt of these sets, and the counts of the others by reason."""
-    found = overlaps([row.prompt for row in rows], evaluated, near=near)
+    found = extending.part("overlaps")([row.prompt for row in rows], evaluated, near=near)
     reasons = Counter(
         f"{'is' if overlap.exact else 'is close to'} a prompt of {overlap.set}"
         for overlap in found
@@ -355,71 +350,3 @@ def without(rows: Sequence[Example], others: Sequence[Example]) -> list[Example]
     """The rows whose prompts are none of the others'."""
     taken = {normalise(row.prompt) for row in others}
     return [row for row in rows if normalise(row.prompt) not in taken]
-
-
-# --- overlap with what is evaluated ---------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Overlap:
-    """A prompt's closest relative among the evaluation prompts."""
-
-    set: str  # name of the evaluation set
-    index: int  # its place in that set
-    exact: bool  # equal once normalised
-    similarity: float  # in [0, 1]; 1 when exact
-
-
-def overlaps(
-    prompts: Sequence[str], against: Mapping[str, Sequence[str]], *, near: float = 0.9
-) -> list[Overlap | None]:
-    """Each prompt's closest relative in `against`, or None if none is close enough.
-
-    Exact means equal after `normalise`, over the whole text. Near means a normalised indel
-    similarity, 2·LCS/(a + b), of at least `near` over the first 512 normalised characters. The
-    earlier set and row wins a tie. `near` lies above 0; 1 leaves only exact duplicates.
-    """
-    places = [(name, index) for name, texts in against.items() for index in range(len(texts))]
-    references = [normalise(last_turn(text)) for texts in against.values() for text in texts]
-    first = dict(reversed(list(zip(references, places, strict=True))))  # the earliest wins
-    queries = [normalise(last_turn(prompt)) for prompt in prompts]
-    closest = [Overlap(*first[query], True, 1.0) if query in first else None for query in queries]
-    if near == 1:
-        return closest
-    pending = [i for i, overlap in enumerate(closest) if overlap is None]
-    heads = [queries[i][:COMPARED_CHARACTERS] for i in pending]
-    for row, reference, score in _closest(
-        heads, [text[:COMPARED_CHARACTERS] for text in references], near
-    ):
-        closest[pending[row]] = Overlap(*places[reference], False, score)
-    return closest
-
-
-def _closest(
-    queries: list[str], references: list[str], near: float
-) -> Iterator[tuple[int, int, float]]:
-    """Yields (query, best reference, similarity) for each query with a reference within `near`.
-
-    Similarity cannot exceed 2·min/(a + b), so queries are sorted by length, and a block of them is
-    compared with references of about its lengths alone.
-    """
-    lengths, shrink = np.array([len(text) for text in references]), near / (2 - near)
-    order = sorted(range(len(queries)), key=lambda i: len(queries[i]))
-    for start in range(0, len(order), ROWS_AT_ONCE):
-        block = order[start : start + ROWS_AT_ONCE]
-        least, most = len(queries[block[0]]) * shrink, len(queries[block[-1]]) / shrink
-        # in the caller's order, so that argmax keeps ties
-        window = np.flatnonzero((lengths >= int(least)) & (lengths <= int(most) + 1))
-        if not len(window):
-            continue
-        scores = process.cdist(
-            [queries[i] for i in block],
-            [references[i] for i in window],
-            scorer=fuzz.ratio,
-            score_cutoff=100 * near,
-            dtype=np.float32,
-            workers=-1,
-        )
-        for i, best, score in zip(block, scores.argmax(axis=1), scores.max(axis=1), strict=True):
-            if score > 0:  # rapidfuzz puts 0 below the cut-off
-                yield i, int(window[best]), float(score) / 100
