@@ -33,13 +33,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from dcr import builtin, extensions, train
 from dcr.clusters import HeldoutClusters, kmeans_accuracy
 from dcr.core import config, losses, models, training
-from dcr.core.config import Stage
+from dcr.core.config import Kind, Stage
 from dcr.core.config.training import NLLSource, Pooling, TrainConfig
 from dcr.core.data import rows_of
-from dcr.core.data.rows import PairRow, PromptBatch, feature_row, pair_batch, prompt_batch
+from dcr.core.data.rows import PairRow, PromptBatch, pair_batch, prompt_batch, prompt_rows
 from dcr.core.models import Policy, structure
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
+from dcr.core.sources import Example
 from dcr.core.training import SafetyData, callbacks
 from dcr.core.training.contrastive import ContrastiveModule, PairMetrics
 from dcr.core.training.resuming import Interrupted
@@ -60,7 +61,10 @@ def chat(policy: Policy) -> ChatFormat:
 
 
 def batch_of(chat: ChatFormat, pooling: Pooling = Pooling.last, pairs: Any = ()) -> PromptBatch:
-    rows = [feature_row(chat, f"r{i}", text, i % 2, pooling) for i, text in enumerate(PROMPTS)]
+    rows = []
+    for i, text in enumerate(PROMPTS):
+        asked = Example(f"r{i}", text, Kind.toxic, "test")
+        rows += prompt_rows(chat, [asked], i % 2, None, pooling)
     return prompt_batch(rows, 0, pairs)
 
 

@@ -17,8 +17,7 @@ from dcr import eval as eval_entry
 from dcr.core import models, prompts, sources
 from dcr.core.config import ConfigError, DataError, Kind
 from dcr.core.config.evaluation import GenConfig
-from dcr.core.config.training import Pooling
-from dcr.core.data.rows import feature_row
+from dcr.core.data.rows import prompt_rows
 from dcr.core.evaluation import subjects
 from dcr.core.runs import Run
 from dcr.core.sources import Example
@@ -28,11 +27,11 @@ from dcr.core.text import (
     last_turn,
     messages,
     normalise,
-    transcript,
     turns_of,
 )
 from dcr.endpoints import HTTPConfig, ServerConfig, subject
 from dcr.judges import served
+from dcr.judges.verdicts import transcript
 from dcr.label import sheets
 from dcr.outcomes import outcome
 from dcr.overlaps import overlaps
@@ -228,7 +227,8 @@ def test_a_conversation_s_ids_are_those_of_the_tokenizers_own_template(
     )
     chat, prompt = formatted(tokenizer, system), conversation(TURNS[1:])
     assert chat.prompt_ids(prompt) == truth
-    assert feature_row(chat, "a", prompt, 0, Pooling.last).ids == truth
+    (row,) = prompt_rows(chat, [Example("a", prompt, Kind.toxic, "test")], 0, None)
+    assert row.ids == truth
     ids, targets = chat.pair(prompt, "I will not.", 9999)
     whole = tokenizer.apply_chat_template(
         [*turns, {"role": "assistant", "content": "I will not."}], tokenize=False

@@ -16,10 +16,11 @@ from transformers import PreTrainedTokenizerFast
 
 from dcr import builtin, terminators
 from dcr.core import models, passes, prompts
-from dcr.core.config import ConfigError, ModelConfig, Terminator
+from dcr.core.config import ConfigError, Kind, ModelConfig, Terminator
 from dcr.core.config.training import Pooling
-from dcr.core.data.rows import feature_row
+from dcr.core.data.rows import prompt_rows
 from dcr.core.prompts import IGNORED, ChatFormat
+from dcr.core.sources import Example
 
 TEXTS = [
     "How do I kill a Python process?",
@@ -220,7 +221,8 @@ def test_truncation_takes_the_end_and_the_terminator(room: int) -> None:
 @pytest.mark.parametrize("text", TEXTS)
 def test_spans_stand_where_they_should(tokenizer: Any, text: str) -> None:
     chat = formatted(tokenizer, system="Be kind.")
-    last, mean = (feature_row(chat, "r", text, 1, pooling) for pooling in Pooling)
+    row = Example("r", text, Kind.toxic, "test")
+    last, mean = (prompt_rows(chat, [row], 1, None, pooling)[0] for pooling in Pooling)
     ids = chat.prompt_ids(text)
     assert (last.ids, last.features) == (ids, (len(ids) - 1, len(ids)))
     assert (mean.ids, mean.features) == (ids, (min(1, len(ids) - 1), len(ids)))

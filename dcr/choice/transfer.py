@@ -18,7 +18,7 @@ from dcr.choice.origins import FEWEST, LIMIT, Material, SourcePair
 from dcr.core import machine, models, prompts
 from dcr.core.config import ConfigError, Kind
 from dcr.core.config.training import TrainConfig, block_of
-from dcr.core.data.rows import LABELS, prompt_rows
+from dcr.core.data.rows import SEEMINGLY_TOXIC, TOXIC, prompt_rows
 from dcr.core.models import Policy
 from dcr.core.statistics import Interval
 from dcr.overlaps import overlaps
@@ -26,6 +26,7 @@ from dcr.overlaps import overlaps
 log = logging.getLogger(__name__)
 
 RESAMPLES = 500  # of each of some hundred intervals
+LABELS = {Kind.seemingly_toxic: SEEMINGLY_TOXIC, Kind.toxic: TOXIC}
 
 Features = Mapping[tuple[Kind, tuple[str, ...]], Float[Tensor, "layers prompts width"]]
 Labelled = tuple[Float[Tensor, "layers prompts width"], Int[Tensor, " prompts"]]

@@ -93,11 +93,6 @@ def last_turn(prompt: str) -> str:
     return turns_of(prompt)[-1][1]
 
 
-def transcript(prompt: str) -> str:
-    """A prompt for another's model to read, without the signs of a conversation."""
-    return prompt.replace(TURN, "") if len(turns_of(prompt)) > 1 else prompt
-
-
 def messages(
     prompt: str, system: str | None = None, form: Callable[[str], str] = str
 ) -> list[dict[str, str]]:

@@ -24,11 +24,10 @@ from dcr.core.generation import Completion
 from dcr.core.models import Policy, read_architecture, refused_as, structure, whole_model
 from dcr.core.models.structure import DTYPES
 from dcr.core.prompts import ZERO_WIDTH_SPACE, ChatFormat
-from dcr.core.text import transcript
 from dcr.decoding import decoded
 from dcr.judges import GuardConfig, LlamaGuardConfig, WildGuardConfig, verdicts
 from dcr.judges.judging import Judging
-from dcr.judges.verdicts import COMPLIANCE, SAFETY, Verdict, Verdicts
+from dcr.judges.verdicts import COMPLIANCE, SAFETY, Verdict, Verdicts, transcript
 
 LLAMA_GUARD, WILDGUARD = "llama_guard", "wildguard"
 MARKS = ("<|user|>", "<|assistant|>", "[INST]", "[/INST]")  # not all special tokens

@@ -19,13 +19,13 @@ from tqdm.auto import tqdm
 from dcr.core import storage
 from dcr.core.config import ConfigError
 from dcr.core.config.evaluation import EvalConfig
-from dcr.core.text import CHARACTERS_PER_TOKEN, label_of, transcript
+from dcr.core.text import CHARACTERS_PER_TOKEN, label_of
 from dcr.endpoints import HTTPConfig, calls, servers
 from dcr.endpoints.answers import Failure, Message, Reply
 from dcr.endpoints.servers import EndpointError
 from dcr.judges import AnnotatorConfig
 from dcr.judges.judging import usd
-from dcr.judges.verdicts import filled, wording
+from dcr.judges.verdicts import filled, transcript, wording
 
 PLACES = ("instruction", "output_1", "output_2")
 TURN = re.compile(r"<\|im_start\|>(system|user|assistant)\n(.*?)<\|im_end\|>", re.DOTALL)

@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from dcr.core.config import Kind
 from dcr.core.config.evaluation import EvalConfig
 from dcr.core.generation import Completion
-from dcr.core.text import transcript
 from dcr.endpoints import HTTPConfig, ServerConfig, calls, servers
 from dcr.endpoints.answers import Failure, Message
 from dcr.judges import LLMJudgeConfig, ModerationConfig, verdicts
 from dcr.judges.judging import Judging
-from dcr.judges.verdicts import COMPLIANCE, SAFETY, Verdict, Verdicts
+from dcr.judges.verdicts import COMPLIANCE, SAFETY, Verdict, Verdicts, transcript
 
 SYSTEM = "You are a helpful assistant."
 CLASSES = {"1": "complied", "2": "refused", "3": "partial"}

@@ -13,6 +13,7 @@ from dcr import inference
 from dcr.core import storage
 from dcr.core.config import ConfigError, Kind
 from dcr.core.generation import Completion
+from dcr.core.text import TURN, turns_of
 from dcr.endpoints import ServerConfig, servers
 from dcr.judges import GuardConfig
 from dcr.outcomes import Outcome, outcome
@@ -59,6 +60,11 @@ Verdicts = Generator[list[Verdict], None, None]
 def answer_fingerprint(answer: Completion) -> str:
     """Names what a verdict is about: the prompt and the response, whatever their id."""
     return storage.fingerprint([answer.prompt, answer.response])
+
+
+def transcript(prompt: str) -> str:
+    """A prompt for a judge to read, without the signs of a conversation."""
+    return prompt.replace(TURN, "") if len(turns_of(prompt)) > 1 else prompt
 
 
 def by_keywords(answers: Sequence[Completion], outcome: Callable[[str], str]) -> list[Verdict]:

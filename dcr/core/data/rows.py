@@ -3,16 +3,16 @@
 The order is a function of seed and epoch, the same on every rank.
 """
 
-import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jaxtyping import Bool, Int
 
 from dcr.core import machine
-from dcr.core.config import ConfigError, DataError, Kind, Stage
+from dcr.core.config import ConfigError, DataError, Stage
 from dcr.core.config.training import NLLSource, Pooling, Sampler, SFTConfig, TrainConfig
 from dcr.core.data import Splits
 from dcr.core.machine import attention_mask, padded
@@ -29,7 +29,6 @@ Row = TypeVar("Row")
 Moved = TypeVar("Moved", bound="Batch")
 
 TOXIC, SEEMINGLY_TOXIC = 1, 0  # class labels of stage one (Section 5)
-LABELS = {Kind.seemingly_toxic: SEEMINGLY_TOXIC, Kind.toxic: TOXIC}
 NO_CLASS = -1  # of a row that only keeps a rank in step with the others: no loss looks at it
 HELD_OUT_BATCH = 16  # rows of one validation pass
 
@@ -58,19 +57,14 @@ class PairRow:
 # --- the order, a function of seed and epoch ------------------------------------------------------
 
 
-def mixed(*seeds: int) -> int:
-    """One seed out of a tuple of numbers, a function of the whole of it."""
-    seed = 0
-    for number in seeds:
-        seed = (seed * 6364136223846793005 + number + 1442695040888963407) % 2**63
-    return seed
-
-
 def generator(*seeds: int) -> "Generator":
     """Torch's generator on the CPU, seeded by all of the numbers: the same on every machine."""
     import torch
 
-    return torch.Generator().manual_seed(mixed(*seeds))
+    seed = 0
+    for number in seeds:
+        seed = (seed * 6364136223846793005 + number + 1442695040888963407) % 2**63
+    return torch.Generator().manual_seed(seed)
 
 
 def permutation(count: int, generator: "Generator") -> list[int]:
@@ -165,17 +159,6 @@ def _none_fits(config: SFTConfig) -> ConfigError:
     return ConfigError(f"sft.max_len={config.max_len}: no training pair fits; raise it")
 
 
-def feature_row(chat: ChatFormat, id: str, prompt: str, label: int, pooling: Pooling) -> PromptRow:
-    """One prompt of stage one, with the positions of its feature and the targets of its NLL.
-
-    The paper names neither: `pooling` chooses the positions, and every next token is a target.
-    """
-    ids = chat.prompt_ids(prompt)
-    # position 0 is an attention sink with a huge norm
-    first = len(ids) - 1 if pooling is Pooling.last else min(1, len(ids) - 1)
-    return PromptRow(id, ids, label, (first, len(ids)), [*ids[1:], IGNORED])
-
-
 def prompt_rows(
     chat: ChatFormat,
     examples: Sequence[Example],
@@ -183,16 +166,22 @@ def prompt_rows(
     context: int | None,
     pooling: Pooling = Pooling.last,
 ) -> list[PromptRow]:
-    """Prompts as stage one reads them. DataError for one of more than `context` tokens."""
+    """Prompts of stage one, with the positions of their features and the targets of their NLL.
+
+    The paper names neither: `pooling` chooses the positions, and every next token is a target.
+    Raises DataError for a prompt of more than `context` tokens.
+    """
     rows = []
     for example in examples:
-        row = feature_row(chat, example.id, example.prompt, label, pooling)
-        if context is not None and len(row.ids) > context:
+        ids = chat.prompt_ids(example.prompt)
+        if context is not None and len(ids) > context:
             raise DataError(
-                f"{example.source}: {example.id}: its {len(row.ids)} tokens exceed the model's "
+                f"{example.source}: {example.id}: its {len(ids)} tokens exceed the model's "
                 f"context of {context}; shorten or remove it"
             )
-        rows.append(row)
+        # position 0 is an attention sink with a huge norm
+        first = len(ids) - 1 if pooling is Pooling.last else min(1, len(ids) - 1)
+        rows.append(PromptRow(example.id, ids, label, (first, len(ids)), [*ids[1:], IGNORED]))
     return rows
 
 
@@ -259,7 +248,7 @@ class StageRows:
         ]
 
     def _pairs(self, chat: ChatFormat, rows: list[Example], refusal: bool) -> list[PairRow]:
-        made, encoded = [], functools.cache(chat.pair)  # a plan's placeholders are all alike
+        made, encoded = [], cache(chat.pair)  # a plan's placeholders are all alike
         for row in rows:
             response, sft = row.response or "", self.sft
             ids, targets = encoded(row.prompt, response, sft.max_len, sft.train_on_prompt)
@@ -272,13 +261,12 @@ class StageRows:
     def _sampler(self) -> EpochBatches:
         if self.stage is Stage.contrastive:
             labels = [row.label for row in self.prompts]
-            draws, drawn = self.dcr.draws or len(labels), DRAWS[self.dcr.sampler]
-            size = self.dcr.batch_size
-            return EpochBatches(
-                lambda drawing: drawn(labels, draws, drawing), draws, size, self.seed
-            )
-        count, size = len(self.pairs), self.sft.batch_size
-        return EpochBatches(lambda drawing: permutation(count, drawing), count, size, self.seed)
+            draws, size = self.dcr.draws or len(labels), self.dcr.batch_size
+            order = partial(DRAWS[self.dcr.sampler], labels, draws)
+        else:
+            draws, size = len(self.pairs), self.sft.batch_size
+            order = partial(permutation, draws)
+        return EpochBatches(order, draws, size, self.seed)
 
     def sft_step(self, rows: Sequence[PairRow]) -> list[list[PairRow]]:
         """The micro-batches of this rank among a step's pairs, equally many on all if sharded.
@@ -333,11 +321,8 @@ class Batch:
     """Tensors of one step, which Lightning moves to a device together."""
 
     def to(self: Moved, device: "Device", non_blocking: bool = False) -> Moved:
-        moved = {
-            name: part.to(device, non_blocking=non_blocking)
-            for name, part in vars(self).items()
-            if hasattr(part, "to")
-        }
+        tensors = {name: part for name, part in vars(self).items() if hasattr(part, "to")}
+        moved = {name: of.to(device, non_blocking=non_blocking) for name, of in tensors.items()}
         return replace(self, **moved)  # pyright: ignore[reportArgumentType]  # dataclasses alone
 
 
