@@ -6,11 +6,13 @@ __version__ = "0.1.0"
 PARTS: dict[str, str] = {
     "batch_size": "dcr.headroom:batch_size",
     "builtin_model": "dcr.builtin:folder_of",
+    "check_answered": "dcr.endpoints.subject:check_answered",
     "closed_thoughts": "dcr.thinking.closing:ending_thoughts",
     "end_of_responses": "dcr.terminators:chosen_end",
     "free_threads": "dcr.headroom:free_threads",
     "made_with": "dcr.headroom:made_with",
     "overlaps": "dcr.overlaps:overlaps",
+    "pairs": "dcr.public:PAIRS",
     "quantised_model": "dcr.quantising:open_quantised",
     "recorded": "dcr.headroom:recorded",
     "sources": "dcr.public:SOURCES",

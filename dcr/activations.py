@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
+from dcr import decoding
 from dcr.core import passes
 from dcr.core.config import ConfigError
 from dcr.core.models import structure
@@ -112,10 +113,10 @@ def states(
     """The hidden states at `places` (indices into the padded rows) of blocks 1 to `until`.
 
     `until` None reads all blocks. One forward pass without gradient, or one for each group that
-    `passes.together` gives, ends at block `until` and computes no logits. The states are fp32 on
+    `decoding.together` gives, ends at block `until` and computes no logits. The states are fp32 on
     the device of the ids.
     """
-    groups = passes.together(model, mask.sum(1).tolist())
+    groups = decoding.together(model, mask.sum(1).tolist())
     if len(groups) > 1:
         parts = []
         for group in groups:

@@ -5,7 +5,8 @@ Rows that have ended leave the batch where only keys and values are kept of them
 that is no plain batch's.
 """
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +26,8 @@ from dcr.core.models.structure import unwrapped
 Caches = AbstractContextManager[Callable[[], DynamicCache | None]]
 
 MASKABLE = {"sdpa", "eager"}  # attention that adds any mask
+# by one of these functions a model's code keeps padding out of its states
+MASKING = {"apply_mask_to_padding_states", "create_recurrent_attention_mask"}
 WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
 ENDED = 1 / 8  # share of ended rows from which a copy of the others' cache is worth its cost
 
@@ -75,6 +78,17 @@ def keep_rows(model: Any, places: Int[Tensor, "rows"]) -> None:
 def _by_row(model: Any) -> list[Any]:
     hooks = structure.backbone(model)._forward_pre_hooks.values()
     return [session for session in hooks if getattr(session, "per_row", False)]
+
+
+def together(model: Any, lengths: Sequence[Hashable]) -> list[list[int]]:
+    """Groups of places of rows that one pass may pad on the left: all, or those of one length.
+
+    Rows of one length need no padding, which the states of models without a mask absorb, as RWKV.
+    """
+    masks = MASKING & vars(sys.modules[type(unwrapped(model)).__module__]).keys()
+    if masks or not passes.recurrent(model):
+        return [[*range(len(lengths))]]
+    return [[i for i, own in enumerate(lengths) if own == each] for each in dict.fromkeys(lengths)]
 
 
 def obstacle(model: Any, tokens: int) -> str | None:
@@ -130,7 +144,7 @@ def decoded(
     Raises ConfigError for a score that is not finite.
     """
     lengths = list(zip(*(map(len, prompts) for prompts, _ in readings), strict=True))
-    groups = passes.together(model, lengths)
+    groups = together(model, lengths)
     if len(groups) > 1:
         answer = partial(
             decoded, model, most=most, logits=logits, score=score, is_over=is_over,

@@ -17,10 +17,11 @@ from dcr import results
 from dcr.core import runs, storage
 from dcr.core.config import Kind
 from dcr.core.evaluation import scoring, subjects
-from dcr.core.evaluation.sets import PAPER_SAFETY, PromptSet
+from dcr.core.evaluation.sets import PromptSet
 from dcr.core.runs import Run
 from dcr.ending import encodable
 from dcr.outcomes import Outcome
+from dcr.public import PAPER_SAFETY
 from dcr.report import (
     building,
     comparisons,

@@ -13,7 +13,7 @@ from dcr.core.evaluation import sets
 from dcr.core.evaluation.sets import PromptSet
 from dcr.core.generation import Completion
 from dcr.extensions import TABLE, EvalSettings
-from dcr.public import SOURCES
+from dcr.public import _PAIRS, PAPER_SAFETY, SOURCES
 from dcr.steering import SteeringConfig
 from tests.tiny_run import DATA, real
 
@@ -32,14 +32,14 @@ def paper_sets() -> list[tuple[str, Kind]]:
 def test_the_papers_sets_are_asked_by_default_and_are_in_a_local_folder() -> None:
     # the paper's PHTest also counts the controversial tier, which is told apart
     assert {*PAPER_ROWS, *sets.APART} == set(PAPER["evaluation"]["over_refusal"])
-    assert set(sets.PAPER_SAFETY) < set(PAPER["evaluation"]["safety"])
+    assert set(PAPER_SAFETY) < set(PAPER["evaluation"]["safety"])
     for name, kind in paper_sets():
         assert SOURCES[name].kind is kind, name
         assert SOURCES[name].file is not None, name  # else data.root could not serve it
 
 
 def test_the_totals_are_the_papers() -> None:
-    safety = [SOURCES[name].rows or 0 for name in sets.PAPER_SAFETY]
+    safety = [SOURCES[name].rows or 0 for name in PAPER_SAFETY]
     assert safety == [100, 178, 40, 100, 520]
     assert sum(safety) == 938
     assert {name: SOURCES[name].rows for name in PAPER_ROWS} == PAPER_ROWS
@@ -54,7 +54,7 @@ def test_real_sets_are_read_whole_and_sampled(caplog: pytest.LogCaptureFixture) 
     found = sets.of_tasks(["over_refusal", "safety"], config, None, seed=0)
     assert [(b.name, b.kind) for b in found] == paper_sets()
     sizes = {b.name: len(b.rows) for b in found}
-    assert sum(sizes[name] for name in sets.PAPER_SAFETY) == 938
+    assert sum(sizes[name] for name in PAPER_SAFETY) == 938
     assert sizes["coconot_safety"] == 149
     assert sizes["phtest_controversial"] == 180
     assert not [m for m in caplog.messages if "expected" in m]
@@ -89,7 +89,7 @@ def test_pairs_need_every_set_of_both_sides() -> None:
         "orbench_hard / harmfulq",
         "oktest / paper_safety",
     ]
-    assert len(sets.pairs_of(SOURCES)) == len(sets.PAIRS)  # no two labels are the same
+    assert len(sets.pairs_of(SOURCES)) == len(_PAIRS)  # no two labels are the same
 
 
 def test_sets_apart_are_parts_of_another_or_disputed() -> None:

@@ -7,7 +7,7 @@ Those of training are in `learning`.
 
 import inspect
 import sys
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -24,8 +24,6 @@ from dcr.core.models.structure import unwrapped
 
 WINDOWED = {"sliding_attention", "chunked_attention"}
 CACHES = ("past_key_values", "cache_params")  # arguments for keys and values, or for a state
-# by one of these functions a model's code keeps padding out of its states
-MASKING = {"apply_mask_to_padding_states", "create_recurrent_attention_mask"}
 
 
 def positions(
@@ -113,7 +111,7 @@ class Plain:
         streamer: Any = None,
     ) -> tuple[list[list[int]], Tensor]:
         found: dict[int, tuple[list[int], Tensor]] = {}
-        for places in together(model, [len(ids) for ids in prompts]):
+        for places in self.batches(model, prompts, sys.maxsize):
             rows = [prompts[place] for place in places]
             answers, scores = generated(model, rows, most, changed, score, is_over, streamer)
             found |= dict(zip(places, zip(answers, scores, strict=True), strict=True))
@@ -219,17 +217,6 @@ def recurrent(model: Any) -> bool:
     stateful = getattr(unwrapped(model), "_is_stateful", False)
     keyless = CACHES[0] not in parameters(model)
     return stateful or bool(kinds - WINDOWED - {"full_attention"}) or keyless
-
-
-def together(model: Any, lengths: Sequence[Hashable]) -> list[list[int]]:
-    """Groups of places of rows that one pass may pad on the left: all, or those of one length.
-
-    Rows of one length need no padding, which the states of models without a mask absorb, as RWKV.
-    """
-    masks = MASKING & vars(sys.modules[type(unwrapped(model)).__module__]).keys()
-    if masks or not recurrent(model):
-        return [[*range(len(lengths))]]
-    return [[i for i, own in enumerate(lengths) if own == each] for each in dict.fromkeys(lengths)]
 
 
 def text_config(model: Any) -> Any:

@@ -2,13 +2,13 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dcr.core.config import ConfigError
+from dcr.core.config import ConfigError, UserError
 from dcr.core.config.evaluation import EvalConfig, GenConfig
 from dcr.core.evaluation import sets
 from dcr.core.evaluation.protocols import Answers, Masses, Subject
@@ -94,7 +94,7 @@ class Served(Subject):
         place, progress = folder / "openings", settings.trainer.progress
         by_set = sets.kept(asked, ask, place, ShownOpening, "reading", progress)
         _put_in_order(asked, place, ShownOpening)
-        sets.check_answered(asked, by_set)
+        check_answered(asked, by_set)
         least = {name: {row.id: row.mass for row in rows} for name, rows in by_set.items()}
         return least, {name: {row.id: row.most for row in rows} for name, rows in by_set.items()}
 
@@ -102,6 +102,28 @@ class Served(Subject):
 def subjects(settings: EvalConfig, run: Run) -> list[Subject]:
     """The server that `endpoint=` names."""
     return [Served(settings, run)]
+
+
+class Unanswered(UserError):
+    """Not one prompt brought an answer."""
+
+    exit_code = 1
+
+
+def check_answered(
+    asked: Sequence[PromptSet], given: Mapping[str, Sequence[sets.OfPrompt]]
+) -> None:
+    """Warns of sets that lack answers, as when a server failed; raises Unanswered if all do."""
+    lacking = {b.name: (len(b.rows) - len(given[b.name]), len(b.rows)) for b in asked}
+    missing, total = (sum(counts[i] for counts in lacking.values()) for i in (0, 1))
+    if total and missing == total:
+        raise Unanswered(
+            f"none of {total} prompts was answered, so there is nothing to count; the log "
+            "above says why: mend that and give the same command again"
+        )
+    for name, (without, of) in lacking.items():
+        if without:
+            log.warning("%s: %d of %d prompts without an answer", name, without, of)
 
 
 def _put_in_order(asked: Sequence[PromptSet], folder: Path, schema: type[sets.OfPrompt]) -> None:

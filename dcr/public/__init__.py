@@ -18,6 +18,7 @@ from pydantic import TypeAdapter
 
 from dcr.core import extending, sources
 from dcr.core.config import ConfigError, DataError, is_path
+from dcr.core.evaluation.sets import SetPair
 from dcr.core.sources import Example, Named, Row, is_final, opened
 
 log = logging.getLogger(__name__)
@@ -183,3 +184,35 @@ def _hub_rows(name: str, hub: Hub, cure: str) -> list[Located]:
         raise DataError(
             f"{name}: {hub} has no column {error} (columns: {columns}); {cure}"
         ) from None
+
+
+# --- sets that belong together --------------------------------------------------------------------
+
+# The toxic sets of the paper's tables, 938 prompts.
+PAPER_SAFETY: tuple[str, ...] = (
+    "i_malicious_instructions",
+    "i_cona",
+    "i_controversial",
+    "q_harm",
+    "advbench",
+)
+# Seemingly toxic and toxic sets. OR-Bench's own toxic prompts are on the hub alone, so HarmfulQ
+# stands in for them; OKTest was written without a toxic side.
+_PAIRS: tuple[SetPair, ...] = (
+    (("demo_seemingly_toxic_heldout",), ("demo_toxic_heldout",)),
+    (("registers_seemingly_toxic_heldout",), ("registers_toxic_heldout",)),
+    (("xstest_safe",), ("xstest_unsafe",)),
+    (("coconot_contrast",), ("coconot_original",)),
+    (("coconot_safety",), ("coconot_original",)),
+    (("orbench_hard",), ("orbench_toxic",)),
+    (("orbench_hard",), ("harmfulq",)),
+    (("oktest",), PAPER_SAFETY),
+    (("jailbreakbench_benign",), ("jailbreakbench",)),
+    (("wildguardtest_unharmful",), ("wildguardtest_harmful",)),
+    (("xsb_safe",), ("xsb_unsafe",)),
+    (("ms_xsb_safe",), ("ms_xsb_unsafe",)),
+)
+_SIDES: dict[tuple[str, ...], str] = {
+    PAPER_SAFETY: "paper_safety"
+}  # names of sides that hold several sets
+PAIRS = {" / ".join(_SIDES.get(side, side[0]) for side in pair): pair for pair in _PAIRS}

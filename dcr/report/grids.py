@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 
 from dcr import inference
 from dcr.core.config import Kind
-from dcr.core.evaluation.sets import APART, PAPER_SAFETY
+from dcr.core.evaluation.sets import APART
 from dcr.core.statistics import Interval
+from dcr.public import PAPER_SAFETY
 from dcr.report.columns import Column, Group
 from dcr.report.records import Evaluation
 from dcr.results.schema import Overlap

@@ -12,8 +12,8 @@ import pandas as pd
 
 from dcr.adopting import adopted
 from dcr.core import storage
-from dcr.core.evaluation.sets import PAPER_SAFETY
 from dcr.core.runs import Run
+from dcr.public import PAPER_SAFETY
 from dcr.report import grids
 from dcr.report.columns import FIRST_STAGE_ONLY, METHODS, READOUT, Column, Group
 from dcr.report.grids import Cell

@@ -23,6 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from dcr import decoding
 from dcr.activations import Site
 from dcr.core import passes
 from dcr.core.config import ConfigError
@@ -283,7 +284,7 @@ def last_log_p(
     with torch.no_grad():
         for start in range(0, len(sequences), vectors.BATCH_SIZE):
             batch = sequences[start : start + vectors.BATCH_SIZE]
-            groups = passes.together(model, [len(ids) for ids in batch])
+            groups = decoding.together(model, [len(ids) for ids in batch])
             for group in groups:
                 rows = [batch[place] for place in group]
                 logits = passes.current().read(model, rows, keep=False).logits[:, -1]

@@ -4,55 +4,23 @@ Prompts stand in named sets or a user's files; some sets belong together. Record
 a set, and only what lacks is asked.
 """
 
-import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from tqdm import tqdm
 
-from dcr.core import sources, storage
-from dcr.core.config import ConfigError, DataConfig, Kind, UserError, class_of, is_path
+from dcr.core import extending, sources, storage
+from dcr.core.config import ConfigError, DataConfig, Kind, class_of, is_path
 from dcr.core.sources import Example
 from dcr.core.text import label_of
-
-log = logging.getLogger(__name__)
-
-# The toxic sets of the paper's tables, 938 prompts.
-PAPER_SAFETY: tuple[str, ...] = (
-    "i_malicious_instructions",
-    "i_cona",
-    "i_controversial",
-    "q_harm",
-    "advbench",
-)
 
 # Shown on their own and never averaged or pooled with the others: a set whose prompts another set
 # holds too, and one whose prompts a model may well refuse.
 APART = ("coconot_safety", "phtest_controversial")
 
-# Sets that belong together, seemingly toxic and toxic: their discernment is read apart from the
-# pooled one. OR-Bench's own toxic prompts are on the hub alone, so HarmfulQ stands in for them;
-# OKTest was written without a toxic side.
-SetPair = tuple[tuple[str, ...], tuple[str, ...]]
-PAIRS: tuple[SetPair, ...] = (
-    (("demo_seemingly_toxic_heldout",), ("demo_toxic_heldout",)),
-    (("registers_seemingly_toxic_heldout",), ("registers_toxic_heldout",)),
-    (("xstest_safe",), ("xstest_unsafe",)),
-    (("coconot_contrast",), ("coconot_original",)),
-    (("coconot_safety",), ("coconot_original",)),
-    (("orbench_hard",), ("orbench_toxic",)),
-    (("orbench_hard",), ("harmfulq",)),
-    (("oktest",), PAPER_SAFETY),
-    (("jailbreakbench_benign",), ("jailbreakbench",)),
-    (("wildguardtest_unharmful",), ("wildguardtest_harmful",)),
-    (("xsb_safe",), ("xsb_unsafe",)),
-    (("ms_xsb_safe",), ("ms_xsb_unsafe",)),
-)
-SIDES: dict[tuple[str, ...], str] = {
-    PAPER_SAFETY: "paper_safety"
-}  # names of sides that hold several sets
+SetPair = tuple[tuple[str, ...], tuple[str, ...]]  # seemingly toxic and toxic sets
 
 
 @dataclass(frozen=True)
@@ -78,16 +46,9 @@ def of_tasks(
     Tasks without prompts of either kind (ability, quality) bring none. Raises ConfigError when two
     sets would have one name.
     """
+    root = config.root
     read = [
-        read_set(
-            source,
-            TASKS[task],
-            config.root,
-            limit,
-            seed,
-            scored=True,
-            key=f"data.evaluation.{task}",
-        )
+        read_set(source, TASKS[task], root, limit, seed, scored=True, key=f"data.evaluation.{task}")
         for task in tasks
         if task in TASKS
         for source in getattr(config.evaluation, task)
@@ -115,13 +76,12 @@ def read_set(
 
 
 def pairs_of(names: Iterable[str]) -> dict[str, SetPair]:
-    """The pairs of which every set is among `names`, by label: `oktest / paper_safety`."""
-    there = set(names)
-    return {
-        " / ".join(SIDES.get(side, " + ".join(side)) for side in pair): pair
-        for pair in PAIRS
-        if there.issuperset(pair[0] + pair[1])
-    }
+    """The pairs of which every set is among `names`, by label: `oktest / paper_safety`.
+
+    Their discernment is read apart from the pooled one.
+    """
+    there, known = set(names), extending.part("pairs")
+    return {label: pair for label, pair in known.items() if there.issuperset(pair[0] + pair[1])}
 
 
 def set_name(source: str) -> str:
@@ -213,23 +173,3 @@ def _of_rows(folder: Path, prompt_set: PromptSet, schema: type[Record]) -> list[
     done = {(record.id, record.prompt): record for record in lines}
     asked = ((row.id, row.prompt) for row in prompt_set.rows)
     return [done[row] for row in asked if row in done]
-
-
-class Unanswered(UserError):
-    """Not one prompt brought an answer."""
-
-    exit_code = 1
-
-
-def check_answered(asked: Sequence[PromptSet], given: Mapping[str, Sequence[OfPrompt]]) -> None:
-    """Warns of sets that lack answers, as when a server failed; raises Unanswered if all do."""
-    lacking = {b.name: (len(b.rows) - len(given[b.name]), len(b.rows)) for b in asked}
-    missing, total = (sum(counts[i] for counts in lacking.values()) for i in (0, 1))
-    if total and missing == total:
-        raise Unanswered(
-            f"none of {total} prompts was answered, so there is nothing to count; the log "
-            "above says why: mend that and give the same command again"
-        )
-    for name, (without, of) in lacking.items():
-        if without:
-            log.warning("%s: %d of %d prompts without an answer", name, without, of)
