@@ -297,14 +297,16 @@ def _instructed(settings: EvalSettings, instruction: str | None) -> EvalSettings
 
 
 def _settings(options: Options) -> EvalSettings:
-    """The settings as `eval.py` reads them, with `data=demo` where no other is given.
+    """The settings as `eval.py` reads them, with `data=demo judge=[keyword]` unless given.
 
     Raises ConfigError for settings that say not, or twice, who answers.
     """
     if options.out.suffix != ".jsonl":
         raise ConfigError(f"out={options.out}: training reads files that end in .jsonl; add it")
     keys = {override.partition("=")[0].lstrip("+") for override in options.settings}
-    overrides = [] if "data" in keys else ["data=demo"]
+    # the rules of this command judge every answer, and by default they alone
+    defaults = {"data": "data=demo", "judge": "judge=[keyword]"}
+    overrides = [default for key, default in defaults.items() if key not in keys]
     for override in options.settings:
         key, _, value = override.partition("=")
         one = key == "judge" and "[" not in value  # where Hydra wants a list

@@ -29,7 +29,7 @@ from dcr.analyses import ClaimsConfig, KernelConfig, RefusalProbabilityConfig, S
 from dcr.calibration import CalibrationConfig
 from dcr.contrast import ContrastConfig
 from dcr.core.config import is_path
-from dcr.core.config.evaluation import EvalConfig, Extension, Table
+from dcr.core.config.evaluation import KEYWORD, EvalConfig, Extension, Table
 from dcr.core.config.training import TrainConfig, TrainTable
 from dcr.endpoints import HTTPConfig
 from dcr.gating import GatingConfig
@@ -148,6 +148,8 @@ class EvalSettings(EvalConfig):
 
     table: ClassVar[Table] = TABLE
 
+    # Who says whether an answer refuses or harms; your own is named by its path as well.
+    judge: list[str] = field(default_factory=lambda: [KEYWORD, "outcome"])
     # nobody puts another node there
     gen: GenSettings = field(default_factory=GenSettings)  # pyright: ignore[reportIncompatibleVariableOverride]
     endpoint_model: str | None = None  # its name there

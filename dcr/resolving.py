@@ -353,7 +353,7 @@ def _of_evaluation(config: EvalConfig) -> Iterator[str]:
         yield "snapshots=true: are those of a run; add run=<folder>, or leave it out"
     if gen.max_new_tokens == AUTO_LENGTH:
         judges = [f"judge=[{judge}]" for judge in config.judge if judge != KEYWORD]
-        yield from cut_short(config, *judges)
+        yield from cut_short(config, *judges, cure=f"give a number of tokens, or judge=[{KEYWORD}]")
     elif type(gen.max_new_tokens) is not int:
         yield f"gen.max_new_tokens={gen.max_new_tokens}: give a number of tokens, or auto"
     if gen.prefill is not None:
@@ -378,12 +378,14 @@ def unknown(key: str, named: str | Sequence[str], known: Sequence[str]) -> Itera
             yield f"{key}={told}: two are called {own}; rename the class"
 
 
-def cut_short(config: EvalConfig, *others: str) -> Iterator[str]:
+def cut_short(
+    config: EvalConfig, *others: str, cure: str = "give a number of tokens"
+) -> Iterator[str]:
     """Settings that want whole answers, or have no say in when one ends, where length is auto."""
     for other in others if config.gen.max_new_tokens == AUTO_LENGTH else ():
         yield (
             f"gen.max_new_tokens=auto {other}: answers end where XSTest's keywords have decided; "
-            "give a number of tokens"
+            f"{cure}"
         )
 
 

@@ -493,7 +493,7 @@ def test_answers_cut_where_keywords_have_decided_count_as_whole_ones(fresh: Run)
     told = [f"run={fresh.folder}", "limit=6", *rows]
     eval_entry.evaluate(*resolved(*told, "gen.max_new_tokens=24"))
     (whole,) = metrics_of(fresh)
-    eval_entry.evaluate(*resolved(*told, "gen.max_new_tokens=auto"))
+    eval_entry.evaluate(*resolved(*told, "gen.max_new_tokens=auto", "judge=[keyword]"))
     cut = next(m for m in metrics_of(fresh) if m["settings"]["max_new_tokens"] == "auto")
     assert len(cut["sets"]) == 2
     for name, counts in cut["sets"].items():

@@ -99,7 +99,7 @@ class EvalConfig(ScriptSettings):
     # What is measured; your own task is named by its path, package.module:Class.
     tasks: list[str] = field(default_factory=lambda: ["over_refusal", "safety"])
     # Who says whether an answer refuses or harms; your own is named by its path as well.
-    judge: list[str] = field(default_factory=lambda: ["keyword"])
+    judge: list[str] = field(default_factory=lambda: [KEYWORD])
     limit: int | None = None  # prompts a set, drawn by seed; null: all
     # Puts a bias on the first token of refusals. A share: refuse this share of toxic prompts; a run
     # folder: refuse as large a share as that run; a calibrated export: take its bias.
