@@ -7,6 +7,7 @@ PARTS: dict[str, str] = {
     "batch_size": "dcr.headroom:batch_size",
     "builtin_model": "dcr.builtin:folder_of",
     "check_answered": "dcr.endpoints.subject:check_answered",
+    "check_sharding": "dcr.sharding:check",
     "closed_thoughts": "dcr.thinking.closing:ending_thoughts",
     "end_of_responses": "dcr.terminators:chosen_end",
     "free_threads": "dcr.headroom:free_threads",
@@ -15,5 +16,7 @@ PARTS: dict[str, str] = {
     "pairs": "dcr.public:PAIRS",
     "quantised_model": "dcr.quantising:open_quantised",
     "recorded": "dcr.headroom:recorded",
+    "sharded_checkpoint": "dcr.sharding:read",
+    "sharding": "dcr.sharding:Sharded",
     "sources": "dcr.public:SOURCES",
 }

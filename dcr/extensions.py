@@ -192,7 +192,6 @@ class TrainSettings(TrainConfig):
         watching="dcr.tracking.costs:watching",
         showing="dcr.wandb_run:showing",
         stopping="dcr.stopping:WithinStep",
-        sharding="dcr.sharding:Shards",
         relations=(tracking.relations, wandb_run.relations),
     )
 

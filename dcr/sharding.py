@@ -6,6 +6,7 @@ Tensors lie in safetensors files and the rest in one that holds plain values, so
 Lightning's own sharded checkpoints, or torch's, reading one runs no code of it.
 """
 
+import functools
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -28,7 +29,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dcr.core import storage
-from dcr.core.models import structure
+from dcr.core.config import ConfigError
+from dcr.core.config.training import ContrastiveConfig
+from dcr.core.models import Facts, structure
 from dcr.core.training import resuming
 
 REST = "rest.ckpt"  # of a checkpoint's folder: all but the tensors that are sharded
@@ -36,11 +39,28 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, of each trainable weight
 QUANTISED, EIGHT_BIT = "__bnb_optimizer_quant_state__", ("state1", "state2")  # bitsandbytes' own
 
 
+def check(stage_one: ContrastiveConfig, facts: Facts) -> None:
+    """Raises ConfigError for weights of stage one that cannot be split."""
+    if stage_one.train_embeddings and facts.tied:
+        raise ConfigError(
+            "trainer.strategy=fsdp dcr.train_embeddings=true: the embeddings are the head as "
+            "well, which cannot be split between the two; leave them frozen, or use "
+            "trainer.strategy=ddp"
+        )
+
+
 class Sharded(ModelParallelStrategy):
     """FSDP2 over all processes, whose checkpoints go the way of every other strategy's."""
 
     def __init__(self, processes: int) -> None:
         super().__init__(data_parallel_size=processes, tensor_parallel_size=1)
+
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        # where Lightning lets a module split itself
+        module: Any = self._weights
+        mesh = self.device_mesh["data_parallel"]
+        module.configure_model = functools.partial(split, module.model, mesh)
 
     @property
     def lightning_restore_optimizer(self) -> bool:
@@ -163,10 +183,3 @@ def alike(checkpoint: dict[str, Any], module: nn.Module) -> dict[str, Any]:
                 src_data_rank=None,
             )
     return checkpoint
-
-
-class Shards:
-    """`dcr.core.training.resuming.Shards`, as the table of extensions names it."""
-
-    strategy, split = Sharded, staticmethod(split)
-    read = staticmethod(read)

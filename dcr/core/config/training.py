@@ -217,7 +217,6 @@ class TrainTable:
     watching: str = ""  # of a `Watch`: measures while stages train
     showing: str = ""  # of a `Show`: loggers beside `metrics.csv`
     stopping: str = ""  # of a `Stop`: obeys a signal within a step
-    sharding: str = ""  # of `Shards`: weights split over processes
     relations: tuple[Relations, ...] = ()
 
 

@@ -17,12 +17,12 @@ from lightning import Callback, LightningDataModule, Trainer
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import Strategy
 from torch.utils.data import DataLoader
 
 from dcr.core import continuing, extending, learning, models, prompts, runs, storage
 from dcr.core.config import ConfigError, LoraConfig, Method, Precision, Quantization, Stage
-from dcr.core.config.training import FSDP, Adapter, TrainConfig, block_of
+from dcr.core.config.training import FSDP, Adapter, TrainConfig, TrainerConfig, block_of
 from dcr.core.data import Splits
 from dcr.core.data.rows import BATCHES, Batch, StageRows, check_lengths
 from dcr.core.models import Policy, structure
@@ -104,6 +104,7 @@ class SafetyData(LightningDataModule):
         if feed is None:
             feed = Feed(StageRows(stage, rows, chat, settings, context), *BATCHES[stage])
         self.rows, self.of_step, self.of_heldout = feed
+        self.rows.sharded = settings.trainer.strategy == FSDP
         self.sampler = self.rows.sampler
 
     @property
@@ -116,7 +117,6 @@ class SafetyData(LightningDataModule):
         if trainer is not None:
             self.sampler.start = trainer.global_step
             rows.rank, rows.world = trainer.global_rank, trainer.world_size
-            rows.sharded = isinstance(trainer.strategy, ModelParallelStrategy)
         step = partial(self.of_step, rows)
         # what has a length and items is a dataset to torch
         return DataLoader(rows.drawn, batch_sampler=self.sampler, collate_fn=step)
@@ -142,12 +142,8 @@ def check(settings: TrainConfig, rows: Splits, wanted: Sequence[Stage]) -> None:
     for part in rows.parts().values():
         chat.check(part)
     if Stage.contrastive in wanted:
-        if settings.trainer.strategy == FSDP and first.train_embeddings and facts.tied:
-            raise ConfigError(
-                "trainer.strategy=fsdp dcr.train_embeddings=true: the embeddings are the head as "
-                "well, which cannot be split between the two; leave them frozen, or use "
-                "trainer.strategy=ddp"
-            )
+        if settings.trainer.strategy == FSDP:
+            extending.part("check_sharding")(first, facts)
         if first.adapter is Adapter.lora:
             _check_targets(settings, first.lora, block_of(first, facts.depth))
         StageRows(Stage.contrastive, rows, chat, settings, facts.context)
@@ -267,7 +263,6 @@ def fit(
     Raises TrainingError where no weight moved.
     """
     settings, options, folder = job.settings, job.settings.trainer, job.run.checkpoints(stage.value)
-    module.sharding = settings.table.sharding
     checkpoint = resuming.newest_checkpoint(folder)
     step = resuming.step_of(checkpoint)
     if checkpoint:
@@ -282,7 +277,7 @@ def fit(
         module,
         module.arithmetic,
         loggers=job.loggers,
-        strategy=_strategy(settings, module),
+        strategy=_strategy(options, module),
         max_epochs=total // batches.steps_per_epoch,
         callbacks=[
             *(job.watched(job.run, stage, policy, chat, total) if job.watched else []),
@@ -353,14 +348,11 @@ def lightning_trainer(
     )
 
 
-def _strategy(settings: TrainConfig, module: resuming.ResumableModule) -> str | Strategy:
-    options = settings.trainer
-    processes = options.devices * options.num_nodes
+def _strategy(options: TrainerConfig, module: resuming.ResumableModule) -> str | Strategy:
     if options.strategy != FSDP:
         return options.strategy
-    if not module.splits:
-        return "ddp" if processes > 1 else "auto"
-    return extending.ours(settings.table.sharding).strategy(processes)
+    processes = options.devices * options.num_nodes
+    return extending.part("sharding")(processes) if module.splits else "auto"
 
 
 def forget_checkpoints(run: Run, stage: Stage) -> None:

@@ -19,15 +19,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, Protocol, runtime_checkable
+from typing import Any, BinaryIO, NoReturn
 
 import torch
 import torch.distributed as dist
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
-from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch import Tensor
 from torchmetrics import MeanMetric
 
 from dcr.core import extending, machine, storage
@@ -44,23 +42,6 @@ LOWER = (
     "or dcr.adapter=lora"
 )
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-
-
-@runtime_checkable
-class Shards(Protocol):
-    """Weights split over the processes of a job, whose checkpoints are folders."""
-
-    def strategy(self, processes: int) -> Strategy:
-        """Lightning's strategy that splits them."""
-        ...
-
-    def split(self, model: Any, mesh: DeviceMesh) -> None:
-        """Split a model's weights in place."""
-        ...
-
-    def read(self, folder: Path, module: nn.Module) -> dict[str, Any]:
-        """A checkpoint's folder, with tensors whole, or split as the module's weights are."""
-        ...
 
 
 class TrainingError(UserError):
@@ -134,15 +115,9 @@ class ResumableModule(LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.sharding = ""  # of the extension that splits weights
         self.rows: tuple[str, ...] = ()  # ids of the rows in the current step
         self.faulty: tuple[str, ...] = ()  # those of this rank in it whose loss is not finite
         self.strict_loading = False  # frozen weights are absent; on_load_checkpoint checks the rest
-
-    @property
-    def shards(self) -> Shards:
-        """The extension that splits weights over processes, imported where one is asked for."""
-        return extending.ours(self.sharding)
 
     def recompute_blocks(self) -> None:
         """Keep a hidden state of each block for the backward pass, and compute the rest again."""
@@ -154,11 +129,6 @@ class ResumableModule(LightningModule):
         """An epoch resumed in its middle still reports the mean over all of its steps."""
         for _, metric in self.means():
             metric.persistent(True)
-
-    def configure_model(self) -> None:
-        if isinstance(self.trainer.strategy, ModelParallelStrategy):
-            assert self.device_mesh is not None
-            self.shards.split(self.model, self.device_mesh["data_parallel"])
 
     def on_fit_start(self) -> None:
         # from_pretrained returns evaluation mode and Lightning would keep it
@@ -313,7 +283,8 @@ def saving(checkpoint: Path) -> Iterator[None]:
 class VerifiedCheckpointIO(CheckpointIO):
     """Atomic writes with a checksum; loads tensors and plain values only, never pickled code.
 
-    It also reads, for the weights of `module`, the folder that an extension has written.
+    Where weights are split over processes, an extension writes a checkpoint as a folder. It is read
+    here as well, with tensors whole, or split as the weights of `module` are.
     """
 
     def __init__(self, module: Any) -> None:
@@ -337,7 +308,7 @@ class VerifiedCheckpointIO(CheckpointIO):
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         if Path(path).is_dir():
-            return self.module.shards.read(Path(path), self.module)
+            return extending.part("sharded_checkpoint")(Path(path), self.module)
         return torch.load(path, map_location=map_location or "cpu", weights_only=True)
 
     def remove_checkpoint(self, path: str | Path) -> None:
