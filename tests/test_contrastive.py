@@ -381,7 +381,6 @@ def rank(index: int, meeting: str, results: Any) -> None:
     module = ContrastiveModule.__new__(ContrastiveModule)
     torch.nn.Module.__init__(module)
     module.train_metrics = metrics
-    ContrastiveModule.keep_metrics_in_checkpoints(module)
     checkpoint: dict[str, Any] = {}
     module.on_save_checkpoint(checkpoint)
     values = {name: value(metric) for name, metric in metrics.items()}

@@ -86,7 +86,6 @@ class ContrastiveModule(ResumableModule):
         self.train_metrics = PairMetrics(config.margin)
         self.heldout_metrics = PairMetrics(config.margin, "/heldout")
         self.token_nll = epoch_mean()
-        self.keep_metrics_in_checkpoints()
 
     def training_step(self, batch: PromptBatch, _: int) -> Tensor:
         features, nll = self.features_and_nll(batch)

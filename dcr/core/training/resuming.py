@@ -16,7 +16,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -91,10 +91,12 @@ def ranks() -> int:
 def epoch_mean() -> MeanMetric:
     """The mean over an epoch, exact over uneven batches and ranks, where each value has a weight.
 
-    Not "warn", which leaves a NaN out, and not "disable", with which torchmetrics 1.9 takes every
-    weight for 1.
+    It stands in checkpoints, so that an epoch resumed in its middle reports the mean of all of it.
     """
-    return MeanMetric(nan_strategy="error")
+    # not "warn", which leaves a NaN out, or "disable", with which torchmetrics 1.9 has no weights
+    mean = MeanMetric(nan_strategy="error")
+    mean.persistent(True)
+    return mean
 
 
 class ResumableModule(LightningModule):
@@ -121,14 +123,8 @@ class ResumableModule(LightningModule):
 
     def recompute_blocks(self) -> None:
         """Keep a hidden state of each block for the backward pass, and compute the rest again."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # the old name works until 6
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
-
-    def keep_metrics_in_checkpoints(self) -> None:
-        """An epoch resumed in its middle still reports the mean over all of its steps."""
-        for _, metric in self.means():
-            metric.persistent(True)
 
     def on_fit_start(self) -> None:
         # from_pretrained returns evaluation mode and Lightning would keep it
@@ -239,8 +235,7 @@ def adamw(
     fused = all(weight.device.type == "cpu" for weight in trained)
     made: Any = partial(torch.optim.AdamW, fused=fused or None)
     if moments is Moments.int8:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch's older parts
+        with warnings.catch_warnings(action="ignore"):  # of torch's older parts
             made = importlib.import_module("bitsandbytes.optim").AdamW8bit
     optimizer = made(trained, lr=lr, weight_decay=weight_decay)
     # or Lightning, with an eye to fp16, refuses to clip gradients before a fused step
@@ -295,9 +290,7 @@ class VerifiedCheckpointIO(CheckpointIO):
     ) -> None:
         target = Path(path)
         with saving(target):
-            for place in (target, _checksum_file(target)):
-                if place.is_dir():  # whatever it is, no checkpoint of ours
-                    shutil.rmtree(place)
+            self.remove_checkpoint(target)  # only a damaged one can be there
             with storage.replaced_file(target) as file:
                 summed = _Summed(file)
                 torch.save(checkpoint, summed)  # pyright: ignore[reportArgumentType]  # only writes
@@ -316,7 +309,8 @@ class VerifiedCheckpointIO(CheckpointIO):
             if place.is_dir():
                 shutil.rmtree(place, ignore_errors=True)
             else:
-                place.unlink(missing_ok=True)
+                with suppress(OSError):
+                    place.unlink()
 
 
 class _Summed:

@@ -34,7 +34,6 @@ class SFTModule(ResumableModule):
             self.recompute_blocks()
         self.train_nll = torch.nn.ModuleDict({row: epoch_mean() for row in ROWS})
         self.heldout_nll = torch.nn.ModuleDict({row: epoch_mean() for row in ROWS})
-        self.keep_metrics_in_checkpoints()
 
     def training_step(self, batch: list[PairBatch], _: int) -> None:
         weight, parts = self.weight(batch), list[Tensor]()
