@@ -32,9 +32,8 @@ from dcr.core.config import Stage
 from dcr.core.data.rows import PairBatch, PromptBatch
 from dcr.core.generation import continued
 from dcr.core.models import Policy, structure
-from dcr.core.training.contrastive import ContrastiveModule
 from dcr.core.training.resuming import adamw
-from dcr.core.training.sft import SFTModule
+from dcr.core.training.stages import ContrastiveModule, SFTModule
 from dcr.plan import cost
 from dcr.plan.cost import Load
 

@@ -36,7 +36,7 @@ from dcr.core.config import Stage
 from dcr.core.config.training import TrainConfig
 from dcr.core.data.rows import pair_batch
 from dcr.core.training import callbacks
-from dcr.core.training.sft import SFTModule
+from dcr.core.training.stages import SFTModule
 
 VERSION = "1.16.0"
 OPTIONS = {

@@ -30,7 +30,7 @@ from dcr.core.config.training import TrainConfig
 from dcr.core.data.rows import StageRows, micro_batches, pair_batch
 from dcr.core.models import Policy, structure
 from dcr.core.prompts import IGNORED, ChatFormat
-from dcr.core.training.sft import SFTModule
+from dcr.core.training.stages import SFTModule
 from dcr.extensions import TrainSettings
 from dcr.tracking import Quantity, TrackingConfig
 from dcr.tracking import curves as tracking

@@ -35,9 +35,8 @@ from dcr.core.config.training import TrainConfig, block_of
 from dcr.core.data.rows import StageRows, micro_batches, pair_batch, prompt_batch
 from dcr.core.models import Policy, structure
 from dcr.core.models.training import freeze_beyond, head_arguments
-from dcr.core.training.contrastive import ContrastiveModule
 from dcr.core.training.resuming import adamw
-from dcr.core.training.sft import SFTModule
+from dcr.core.training.stages import ContrastiveModule, SFTModule
 from dcr.extensions import TrainSettings
 from dcr.fast import frozen
 

@@ -13,8 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dcr import ending
-from dcr.core import config, continuing, data, runs, storage
+from dcr import continuing, ending
+from dcr.core import config, data, runs, storage
 from dcr.core.config import DataError, Stage, UserError
 from dcr.core.config.training import TrainConfig, stages_of
 from dcr.core.runs import Run

@@ -18,9 +18,9 @@ from typing import Annotated, Any
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from dcr import calibration, entry, export, extensions, gating, inference, study
+from dcr import calibration, continuing, entry, export, extensions, gating, inference, study
 from dcr import eval as evaluation
-from dcr.core import config, continuing, storage
+from dcr.core import config, storage
 from dcr.core.config import ConfigError, DataConfig, Kind, Stage
 from dcr.core.config.evaluation import EvalConfig
 from dcr.core.config.training import TrainConfig

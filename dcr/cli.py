@@ -32,8 +32,8 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Column, Table
 
-from dcr import ending, resolving
-from dcr.core import config, continuing, storage
+from dcr import continuing, ending, resolving
+from dcr.core import config, storage
 from dcr.core.config import ConfigError, ModelConfig, UserError
 from dcr.core.config.evaluation import EvalConfig
 from dcr.core.config.training import TrainConfig
@@ -448,14 +448,14 @@ def completed(composed: DictConfig, made_with: Mapping[str, Any]) -> DictConfig:
     assert isinstance(merged, DictConfig)
     if made_with:
         trusted = composed.model.trust_remote_code or made_with["model"].get("trust_remote_code")
-        merged.model = config.literal({**made_with["model"], "trust_remote_code": bool(trusted)})
+        merged.model = resolving.literal({**made_with["model"], "trust_remote_code": bool(trusted)})
     if composed.endpoint is not None:
         named = str(composed.endpoint_model or "unnamed")  # which the checks then refuse
         merged.model.name, merged.model.label = named, ""
     if not merged.model.label:
         merged.model.label = label_of(str(merged.model.name))
     if OmegaConf.is_missing(composed.data, "label"):
-        own = config.literal(made_with.get("data"))
+        own = resolving.literal(made_with.get("data"))
         base = own or OmegaConf.load(config.CONF / "data" / "demo.yaml")
         merged.data = OmegaConf.merge(base, resolving.named(composed.data))
     return merged

@@ -29,7 +29,7 @@ OWN = "own"  # what a user's own tasks measured
 
 def evaluate(settings: EvalConfig, run: Run) -> None:
     """Answer what is unanswered, judge what is unjudged, count, and write `metrics.json`."""
-    config.check_bitsandbytes(settings.model)
+    extending.part("check_extras")(settings)
     settings, arithmetic = settle_precision(settings, run.precisions() if settings.run else {})
     if settings.endpoint is None:
         arithmetic.say()

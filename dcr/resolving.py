@@ -4,7 +4,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import Field, field, fields, is_dataclass, replace
+from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
 from difflib import SequenceMatcher
 from typing import Any, TypeVar
 
@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dcr.core.config import (
     ConfigError,
+    DataConfig,
     Method,
     ModelConfig,
     Precision,
@@ -20,9 +21,9 @@ from dcr.core.config import (
     ScriptSettings,
     SourceConfig,
     Stage,
+    check_installed,
     class_of,
     is_path,
-    literal,
 )
 from dcr.core.config.evaluation import AUTO_LENGTH, KEYWORD, EvalConfig
 from dcr.core.config.training import AUTO_LAYER, FSDP, Adapter, Moments, TrainConfig, stages_of
@@ -141,6 +142,31 @@ def _without_value(given: Any, default: Any, prefix: str = "") -> Iterator[str]:
             yield from _without_value(value, default.get(key), f"{prefix}.{key}".lstrip("."))
 
 
+def source_names(value: object, key: str) -> list[str]:
+    """`name` and `[name, name]` alike as a list of names; ConfigError for anything else."""
+    names = [value] if isinstance(value, str) else value
+    if isinstance(names, (list, ListConfig)) and names and all(isinstance(n, str) for n in names):
+        return [str(name) for name in names]
+    raise ConfigError(f"{key}={value}: give a source's name, a JSONL path, or a list of them")
+
+
+# --- what a run's own config.yaml holds ---
+
+
+def literal(value: Any) -> Any:
+    """Plain values for OmegaConf to take as they are written: nothing in them is interpolated.
+
+    So a run's own file cannot put the environment of who reads it into prompts or names.
+    """
+    if isinstance(value, Mapping):
+        return {key: literal(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [literal(each) for each in value]
+    if not isinstance(value, str):
+        return value
+    return re.sub(r"(\\*)\$\{", lambda found: rf"{found[1] * 2}\${{", value)
+
+
 def model_of(made_with: Mapping[str, Any], trust_remote_code: bool) -> ModelConfig:
     """The model node of a run's own `config.yaml`, trusted as far as this command's user said."""
     named = literal(made_with["model"])
@@ -149,12 +175,41 @@ def model_of(made_with: Mapping[str, Any], trust_remote_code: bool) -> ModelConf
     return replace(model, trust_remote_code=trust_remote_code)
 
 
-def source_names(value: object, key: str) -> list[str]:
-    """`name` and `[name, name]` alike as a list of names; ConfigError for anything else."""
-    names = [value] if isinstance(value, str) else value
-    if isinstance(names, (list, ListConfig)) and names and all(isinstance(n, str) for n in names):
-        return [str(name) for name in names]
-    raise ConfigError(f"{key}={value}: give a source's name, a JSONL path, or a list of them")
+@dataclass
+class StageMade:
+    """The settings of a run's stage that later commands read."""
+
+    layer: Any = None
+    depth: float = 0.0
+    precision: Precision = Precision.auto
+
+
+# Later commands read these nodes of a run's `config.yaml`.
+READ_AGAIN = {"model": ModelConfig, "data": DataConfig, "dcr": StageMade, "sft": StageMade}
+
+
+def fault_of_run(made_with: Mapping[str, Any]) -> str | None:
+    """The first node of a run's `config.yaml` that later commands cannot read, and why."""
+    own = str(made_with.get("precision", Precision.auto.value))
+    if own not in Precision.__members__:
+        return f"precision={own}: none of {', '.join(Precision.__members__)}"
+    trained = made_with.get("method") in Method.__members__
+    for name, schema in READ_AGAIN.items():
+        if trained and name not in made_with:
+            return f"{name}: missing"
+        try:
+            node = made_with.get(name, {})
+            if schema is StageMade:
+                read = (entry.name for entry in fields(schema))
+                node = {key: node[key] for key in read if key in node}
+            merged: Any = OmegaConf.merge(OmegaConf.structured(schema), literal(node))
+            for key in node:  # what our own defaults refer to is not there
+                if OmegaConf.is_config(value := merged[key]):  # a leaf is resolved by now
+                    OmegaConf.to_container(value, resolve=True)
+        except (OmegaConfBaseException, ValueError, TypeError) as error:
+            why = getattr(error, "msg", None) or str(error)
+            return f"{name}: {getattr(error, 'full_key', None) or name}: {why.splitlines()[0]}"
+    return None
 
 
 # --- checks: a range for every number, and the relations between settings ---
@@ -240,6 +295,14 @@ def check(config: ScriptSettings) -> None:
                 raise ConfigError(f"{key}={value}: {cure}")
     for fault in _contradictions(config):
         raise ConfigError(fault)
+
+
+def check_extras(settings: ScriptSettings) -> None:
+    """Raises ConfigError for what needs bitsandbytes, where it is absent."""
+    if settings.model.quantization is Quantization.nf4:
+        check_installed("bitsandbytes", "memory", "model.quantization=nf4")
+    if isinstance(settings, TrainConfig) and settings.dcr.optim.moments is Moments.int8:
+        check_installed("bitsandbytes", "memory", "dcr.optim.moments=int8")
 
 
 def settings_of(node: object) -> Iterator[tuple[str, object]]:

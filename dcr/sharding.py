@@ -29,24 +29,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dcr.core import storage
-from dcr.core.config import ConfigError
-from dcr.core.config.training import ContrastiveConfig
-from dcr.core.models import Facts, structure
+from dcr.core.models import structure
 from dcr.core.training import resuming
 
 REST = "rest.ckpt"  # of a checkpoint's folder: all but the tensors that are sharded
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, of each trainable weight
 QUANTISED, EIGHT_BIT = "__bnb_optimizer_quant_state__", ("state1", "state2")  # bitsandbytes' own
-
-
-def check(stage_one: ContrastiveConfig, facts: Facts) -> None:
-    """Raises ConfigError for weights of stage one that cannot be split."""
-    if stage_one.train_embeddings and facts.tied:
-        raise ConfigError(
-            "trainer.strategy=fsdp dcr.train_embeddings=true: the embeddings are the head as "
-            "well, which cannot be split between the two; leave them frozen, or use "
-            "trainer.strategy=ddp"
-        )
 
 
 class Sharded(ModelParallelStrategy):

@@ -25,10 +25,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from dcr import adopting, cli, ending, entry, extensions, plan, resolving
+from dcr import adopting, cli, continuing, ending, entry, extensions, plan, resolving
 from dcr import eval as evaluation
 from dcr.adopting import NAMES
-from dcr.core import config, continuing, data, extending, prompts, storage
+from dcr.core import config, data, extending, prompts, storage
 from dcr.core.config import STAGES, ConfigError, DataError, Method, Stage, UserError
 from dcr.core.config.evaluation import DeviceConfig
 from dcr.core.config.training import TrainConfig, stages_of

@@ -5,24 +5,16 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 
 from lightning.pytorch.utilities import rank_zero_only
 
-from dcr.core import config, continuing, data, extending, machine, models, runs, storage, training
-from dcr.core.config import ConfigError, Method, Stage
-from dcr.core.config.training import (
-    AUTO_LAYER,
-    TrainConfig,
-    block_of,
-    check_blocks,
-    check_moments,
-    stages_of,
-)
+from dcr.core import config, data, extending, machine, models, runs, storage, training
+from dcr.core.config import Method
+from dcr.core.config.training import AUTO_LAYER, TrainConfig, block_of, stages_of
 from dcr.core.data import Splits
 from dcr.core.runs import Run
 from dcr.core.storage import Lease
-from dcr.core.training import Examine, Job, Show, Watch, callbacks
+from dcr.core.training import Examine, Job, Show, Watch, callbacks, stages
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +26,7 @@ def train(settings: TrainConfig, run: Run) -> None:
     TrainingError when training had to stop and Interrupted after a signal.
     """
     wanted = stages_of(settings)
-    settings, arithmetic = continuing.with_precisions(settings, run.precisions())
+    settings, arithmetic = extending.part("with_precisions")(settings, run.precisions())
     rows = checked(settings, run)
     trains = not all(run.done(stage.value) for stage in wanted)
     if trains:
@@ -57,7 +49,7 @@ def train(settings: TrainConfig, run: Run) -> None:
                 # left by a kill right after the result was saved
                 training.forget_checkpoints(run, stage)
             else:
-                training.train_stage(stage, job)
+                stages.train_stage(stage, job)
             if shown:
                 shown(stage.value)
     if _leads():
@@ -66,15 +58,9 @@ def train(settings: TrainConfig, run: Run) -> None:
 
 def checked(settings: TrainConfig, run: Run) -> Splits:
     """The rows of a run, and a UserError for all that can be known wrong before weights open."""
-    wanted = stages_of(settings)
-    if not settings.plan:  # which opens none
-        config.check_bitsandbytes(settings.model)
-        check_moments(settings.dcr.optim)
-    _check_devices(settings, wanted)
-    check_blocks(settings.dcr, settings.sft.readout, models.facts(settings.model).depth)
+    extending.part("check_settings")(settings)
     rows = data.rows_of(settings)
-    _check_input(settings, run, wanted)
-    training.check(settings, rows, [stage for stage in wanted if not run.done(stage.value)])
+    extending.part("check_stages")(settings, run, rows)
     return rows
 
 
@@ -95,30 +81,6 @@ def _leads() -> bool:
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
-def _check_devices(settings: TrainConfig, wanted: tuple[Stage, ...]) -> None:
-    options = settings.trainer
-    machine.check_devices(options.accelerator, options.devices)
-    processes = options.devices * options.num_nodes
-    shared = (Stage.contrastive, "dcr", settings.dcr), (Stage.sft, "sft", settings.sft)
-    for stage, name, node in shared:  # the readout's batches are not
-        if stage in wanted and node.batch_size < processes:
-            raise ConfigError(
-                f"{name}.batch_size={node.batch_size}: is the batch of all {processes} processes "
-                "of trainer.devices and trainer.num_nodes, of which each needs a row; give more"
-            )
-
-
-def _check_input(settings: TrainConfig, run: Run, wanted: tuple[Stage, ...]) -> None:
-    chain = stages_of(replace(settings, stage=Stage.all))
-    first = chain.index(wanted[0])
-    before = chain[first - 1].value if first else None
-    if before and not run.done(before):
-        raise ConfigError(
-            f"stage={wanted[0].value}: {run.folder} holds no {before}/ to start from; run "
-            f"stage={before} or stage=all with the same settings first"
-        )
-
-
 @contextmanager
 def _claimed(settings: TrainConfig, run: Run, rows: Splits) -> Iterator[Lease | None]:
     """The run folder as this command's own: locked, and made with these settings and rows."""
@@ -129,14 +91,10 @@ def _claimed(settings: TrainConfig, run: Run, rows: Splits) -> Iterator[Lease | 
     with storage.locked(run.folder) as lease:
         try:
             made_with = config.plain(settings)
-            anew = continuing.check_config(run, made_with, settings.force)
+            extending.part("claim")(run, made_with, data.row_record(rows), settings.force)
             examine: Examine | None = extending.ours(settings.table.examining)
             about, warnings = examine(rows) if examine else ({}, [])
-            record = data.row_record(rows, about)
-            anew |= continuing.check_rows(run, record, settings.force)
-            if anew:  # nothing refuses this command any more
-                continuing.begin_anew(run)
-            storage.write_json(run.rows_file, record)
+            storage.write_json(run.rows_file, data.row_record(rows, about))
             runs.write_config(run, made_with)
             drawn = (f"{len(part)} {name}" for name, part in rows.parts().items() if part)
             log.info("rows: %s", ", ".join(drawn))

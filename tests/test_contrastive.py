@@ -30,9 +30,9 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from dcr import builtin, extensions, train
+from dcr import builtin, checking, extensions, train
 from dcr.clusters import HeldoutClusters, kmeans_accuracy
-from dcr.core import config, losses, models, training
+from dcr.core import config, losses, models
 from dcr.core.config import Kind, Stage
 from dcr.core.config.training import NLLSource, Pooling, TrainConfig
 from dcr.core.data import rows_of
@@ -42,8 +42,8 @@ from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
 from dcr.core.sources import Example
 from dcr.core.training import SafetyData, callbacks
-from dcr.core.training.contrastive import ContrastiveModule, PairMetrics
 from dcr.core.training.resuming import Interrupted
+from dcr.core.training.stages import ContrastiveModule, PairMetrics
 from dcr.fast.passes import Fast, laid_out
 from tests.shapes import chat_of, tiny_policy
 
@@ -289,7 +289,7 @@ def test_the_anchor_needs_general_rows(tiny: TrainConfig) -> None:
     made = changed(tiny, "dcr.nll.source=general")
     rows = rows_of(made)
     with pytest.raises(config.ConfigError, match=r"dcr\.nll\.source=general"):
-        training.check(made, replace(rows, normal=[]), [Stage.contrastive])
+        checking.check_unfinished(made, replace(rows, normal=[]), [Stage.contrastive])
 
 
 # --- measures ---

@@ -15,7 +15,7 @@ from unittest import mock
 
 import pytest
 
-from dcr import builtin, resolving
+from dcr import builtin, continuing, resolving
 
 LLAMA3_8B = {
     **{"model_type": "llama", "hidden_size": 512, "intermediate_size": 1792, "vocab_size": 16032},
@@ -100,12 +100,12 @@ def child(shape: dict[str, Any], block: int, settings: str, packed: bool) -> Non
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from dcr import cli
-    from dcr.core import continuing, learning
+    from dcr.core import learning
     from dcr.core.config import Precision, Stage
     from dcr.core.config.training import Adapter
     from dcr.core.models import Policy, structure
     from dcr.core.training import LIGHTNING_PRECISION
-    from dcr.core.training.contrastive import ContrastiveModule
+    from dcr.core.training.stages import ContrastiveModule
     from dcr.extensions import TrainSettings
     from dcr.fast import packing
     from dcr.fast.passes import Fast

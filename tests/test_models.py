@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dcr import builtin
 from dcr.activations import head_logits
+from dcr.checking import skeleton
 from dcr.core import losses, models, storage
 from dcr.core.config import ConfigError, LoraConfig, ModelConfig, Precision
 from dcr.core.models import Policy, folders, structure
@@ -24,7 +25,6 @@ from dcr.core.models.training import (
     head_arguments,
     save_adapter,
     save_full,
-    skeleton,
     trunk,
 )
 from tests import shapes

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import yaml
 
-from dcr import cli, own, resolving, results, study, wandb_scores
+from dcr import cli, continuing, own, resolving, results, study, wandb_scores
 from dcr import eval as eval_entry
-from dcr.core import config, continuing, runs
+from dcr.core import config, runs
 from dcr.core.config import UserError
 from dcr.extensions import EvalSettings
 from dcr.report import __main__ as report

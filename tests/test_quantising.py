@@ -12,14 +12,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from dcr import cli, export, plan, quantising, resolving, train
+from dcr import cli, continuing, export, plan, quantising, resolving, train
 from dcr import eval as evaluation
-from dcr.core import continuing, learning, models
+from dcr.core import learning, models
 from dcr.core.config import ConfigError, LoraConfig, Precision, Quantization, Stage
 from dcr.core.config.training import stages_of
 from dcr.core.models import folders, structure
 from dcr.core.runs import Run
-from dcr.core.training.sft import SFTModule
+from dcr.core.training.stages import SFTModule
 from dcr.extensions import EvalSettings, TrainSettings
 from dcr.fast.passes import Fast
 from dcr.plan import cost

@@ -27,15 +27,14 @@ from tiny_run import (
 )
 
 from dcr import headroom, train
-from dcr.core import models, storage, training
+from dcr.core import models, storage
 from dcr.core.config import Method, UserError
 from dcr.core.config.training import SFTConfig, TrainConfig
 from dcr.core.data.rows import PairBatch
 from dcr.core.runs import Run
-from dcr.core.training import resuming
-from dcr.core.training.contrastive import ContrastiveModule
+from dcr.core.training import resuming, stages
 from dcr.core.training.resuming import Checkpoints, Interrupted, TrainingError, VerifiedCheckpointIO
-from dcr.core.training.sft import SFTModule
+from dcr.core.training.stages import ContrastiveModule, SFTModule
 
 ROOT = Path(__file__).parent.parent
 STEPS = {"contrastive": 10, "sft": 8}  # two epochs of five and of four
@@ -190,9 +189,9 @@ def test_stopped_again_and_again_it_goes_on_with_the_next_step(
 
 FAULTS = [
     (SFTModule, "validation_step", Stop()),  # when the step before is repeated
-    (training, "save_adapter", Stop()),  # when the result is being written
+    (stages, "save_adapter", Stop()),  # when the result is being written
     (SFTModule, "nll", torch.OutOfMemoryError("CUDA out of memory. Tried 20 GiB.\nmore")),
-    (training, "save_full", UserError("disk full")),
+    (stages, "save_full", UserError("disk full")),
 ]
 
 

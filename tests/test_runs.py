@@ -7,8 +7,8 @@ import pytest
 import torch
 import yaml
 
-from dcr import adopting
-from dcr.core import continuing, machine, runs, storage
+from dcr import adopting, continuing
+from dcr.core import machine, runs, storage
 from dcr.core.config import ConfigError, DataError, Stage, UserError
 from dcr.core.runs import Run
 from tests.tiny_run import failing

@@ -31,7 +31,7 @@ from dcr.core.models import Policy, structure
 from dcr.core.runs import Run
 from dcr.core.training import SafetyData, callbacks
 from dcr.core.training.resuming import StepSeed, rate_factor
-from dcr.core.training.sft import SFTModule
+from dcr.core.training.stages import SFTModule
 from dcr.fast import passes as fast_passes
 from tests.shapes import chat_of
 

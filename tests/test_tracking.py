@@ -21,7 +21,7 @@ from dcr.core.models import folders
 from dcr.core.runs import Run
 from dcr.core.training import callbacks
 from dcr.core.training.callbacks import RunLogger
-from dcr.core.training.sft import SFTModule
+from dcr.core.training.stages import SFTModule
 from dcr.tracking.curves import snapshot_steps
 
 ROOT = Path(__file__).parent.parent

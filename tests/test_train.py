@@ -8,14 +8,14 @@ import pytest
 import torch
 from tiny_run import Stop, changed, drawn, failing, same, settings, stop, weights, write_rows
 
-from dcr import train, wandb_run
+from dcr import continuing, train, wandb_run
 from dcr.choice import transfer
-from dcr.core import continuing, models
+from dcr.core import models
 from dcr.core.config import ConfigError, Precision
 from dcr.core.config.training import TrainConfig
 from dcr.core.models.training import save_full
 from dcr.core.runs import Run
-from dcr.core.training.sft import SFTModule
+from dcr.core.training.stages import SFTModule
 
 # --- what a run folder holds ---
 

@@ -34,7 +34,7 @@ import yaml
 from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
-from dcr.core import config, machine, storage
+from dcr.core import extending, machine, storage
 from dcr.core.config import STAGES, ConfigError, DataError, Precision
 
 log = logging.getLogger(__name__)
@@ -48,10 +48,14 @@ METRIC_FIELDS = ("stage", "step", "epoch", "key", "value")
 RESTORE = "restore it from a copy of the run, or train into another folder"
 
 
-class MadeWith(TypedDict):
-    """The keys of every run's `config.yaml`; a trained run has the rest of `TrainConfig` too."""
+class Open(TypedDict):
+    """Read with the keys that it does not name."""
 
     __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
+
+
+class MadeWith(Open):
+    """The keys of every run's `config.yaml`; a trained run has the rest of `TrainConfig` too."""
 
     method: str
     seed: int
@@ -60,9 +64,7 @@ class MadeWith(TypedDict):
     data: dict[str, Any]
 
 
-class RowList(TypedDict):
-    __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
-
+class RowList(Open):
     count: int
     fingerprint: str
     ids: list[str]
@@ -76,10 +78,8 @@ class OwnSource(TypedDict):
     settings: dict[str, Any]
 
 
-class RowRecord(TypedDict):
+class RowRecord(Open):
     """`rows.json`, see `data.row_record`."""
-
-    __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
 
     rows: dict[str, RowList]
     dropped: NotRequired[dict[str, int]]
@@ -189,7 +189,7 @@ def _config(file: Path, held: str) -> dict[str, Any]:
     # a folder may come from someone else, and only the user's own command can trust code
     if "trust_remote_code" in made_with["model"]:
         made_with["model"]["trust_remote_code"] = False
-    if fault := config.fault_of_run(made_with):
+    if fault := extending.part("fault_of_run")(made_with):
         raise DataError(f"{file}: {fault}; {RESTORE}")
     return dict(made_with)
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from rich.table import Table
 
-from dcr import entry, readout
-from dcr.core import config, continuing, data, machine
+from dcr import continuing, entry, readout
+from dcr.core import config, data, machine
 from dcr.core.config import Method, Precision, Stage
-from dcr.core.config.training import TrainConfig, check_blocks, stages_of
+from dcr.core.config.training import TrainConfig, stages_of
 from dcr.core.data import Splits
 from dcr.core.runs import Run
 from dcr.core.text import CHARACTERS_PER_TOKEN
@@ -58,10 +58,11 @@ def describe(settings: TrainConfig) -> str:
 
     Raises UserError as training does before it loads weights.
     """
-    from dcr.core import models  # with torch
+    from dcr import checking  # with torch
+    from dcr.core import models
 
     chain = stages_of(settings)
-    check_blocks(settings.dcr, settings.sft.readout, models.facts(settings.model).depth)
+    checking.check_blocks(settings.dcr, settings.sft.readout, models.facts(settings.model).depth)
     on_gpu, _ = continuing.with_precisions(
         replace(settings, trainer=replace(settings.trainer, accelerator="gpu"))
     )

@@ -104,8 +104,9 @@ def stage_shape(settings: TrainConfig, stage: Stage) -> Shape:
     """
     import torch
 
+    from dcr.checking import skeleton
     from dcr.core.models import structure
-    from dcr.core.models.training import freeze_beyond, skeleton
+    from dcr.core.models.training import freeze_beyond
     from dcr.quantising import quantisable
 
     first, lora = stage is Stage.contrastive, lora_of(settings, stage)

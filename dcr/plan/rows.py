@@ -12,7 +12,7 @@ from dcr.core import data, prompts
 from dcr.core.config import EMBEDDED_MODEL, TINY_MODEL, ModelConfig, Stage
 from dcr.core.config.training import TrainConfig
 from dcr.core.data import Splits
-from dcr.core.data.rows import PairRow, PromptRow, StageRows, check_lengths
+from dcr.core.data.rows import PairRow, PromptRow, StageRows
 from dcr.core.prompts import IGNORED, ChatFormat
 from dcr.core.sources import Example
 from dcr.core.text import CHARACTERS_PER_TOKEN
@@ -53,6 +53,7 @@ def batches_of(settings: TrainConfig, stage: Stage, rows: Splits) -> tuple[Stage
     The rows are training's own, or have a token for every four characters. Raises UserError as
     training does for rows that exceed the context.
     """
+    from dcr.checking import check_lengths  # with torch
     from dcr.core import models
 
     if stage is Stage.contrastive and not _anchored(settings):

@@ -50,13 +50,14 @@ def train(job: Job) -> None:
     batches = training.batches_of(job, Stage.readout, policy, chat, feed)
     openings = refusal.refusal_openings(chat)
     module = ReadoutModule(policy, phase, openings, settings.trainer.progress)
-    trainer = training.fit(job, Stage.readout, module, policy, chat, batches, phase.steps)
-    if trainer.is_global_zero:
+
+    def save(_: dict[str, Tensor]) -> None:
         record = module.record(batches, runs.read_metrics(run), settings.seed)
         storage.write_json(run.readout_file, record)
         save_adapter(policy, run.stage("readout"), folders.adapter_base(before))
         log.info("readout: %s", summary(record))
-    training.end(job, Stage.readout, trainer)
+
+    training.fit(job, Stage.readout, module, policy, chat, batches, save)
 
 
 # --- batches --------------------------------------------------------------------------------------
@@ -200,6 +201,7 @@ class ReadoutModule(ResumableModule):
     ) -> None:
         super().__init__()
         self.config, self.model, self.progress = config, policy.model.eval(), progress
+        self.total_steps = config.steps
         self.register_buffer("openings", openings, persistent=False)
         for weight in self.model.parameters():
             weight.requires_grad = False

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from dcr import results
-from dcr.core import continuing, storage
+from dcr import continuing, results
+from dcr.core import storage
 from dcr.ending import printable
 from dcr.report.records import STAGES, Evaluation, RunRecord, flattened
 from dcr.results.frame import CONTRASTS

@@ -13,10 +13,10 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dcr import cli, study
+from dcr import cli, continuing, study
 from dcr.choice import origins
 from dcr.choice.origins import SourcePair
-from dcr.core import config, continuing, data, storage
+from dcr.core import config, data, storage
 from dcr.core.config import ConfigError, UserError
 from dcr.core.config.training import AUTO_LAYER, TrainConfig, block_of
 from dcr.core.evaluation import sets

@@ -12,7 +12,6 @@ from rich.table import Table
 from dcr import cli, entry, resolving, search, study
 from dcr.core import config, storage
 from dcr.core.config import ConfigError, Method
-from dcr.core.config.training import check_moments
 from dcr.extensions import TrainSettings
 from dcr.search import OBJECTIVES, Search
 from dcr.study import StudyError
@@ -83,8 +82,7 @@ def _resolved(options: Options) -> tuple[Search, dict[str, object]]:
         if not study.split_settings([f"{key}=0"])[0]:
             raise ConfigError(f"{key}: no setting of train.py, which alone are searched")
     settings = resolving.resolve(cli.compose("train", training, Options), TrainSettings)
-    config.check_bitsandbytes(settings.model)  # before each trial fails by it
-    check_moments(settings.dcr.optim)
+    resolving.check_extras(settings)  # before each trial fails by it
     if settings.method is not Method.dcr:
         raise ConfigError(f"method={settings.method.value}: only dcr has a stage one to search")
     objectives, fixed_keys = options.objectives.split(","), {w.partition("=")[0] for w in training}

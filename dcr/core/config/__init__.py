@@ -14,8 +14,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
-from omegaconf import II, MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import II, MISSING
 
 PACKAGE = Path(__file__).parents[2]
 # within an installed package; beside it in a checkout
@@ -143,12 +142,6 @@ class ModelConfig:
     architecture: dict[str, Any] | None = None
 
 
-def check_bitsandbytes(model: ModelConfig) -> None:
-    """Raises ConfigError where weights in four bits need bitsandbytes, which is absent."""
-    if model.quantization is Quantization.nf4:
-        check_installed("bitsandbytes", "memory", "model.quantization=nf4")
-
-
 @dataclass
 class SourceConfig:
     """Rows of one kind: `source` is a name or path, or a list of them."""
@@ -246,57 +239,6 @@ def plain(config: Any) -> Any:
     if isinstance(config, list):
         return [plain(value) for value in config]
     return str(config) if isinstance(config, str) else config  # also an OwnPath
-
-
-def literal(value: Any) -> Any:
-    """Plain values for OmegaConf to take as they are written: nothing in them is interpolated.
-
-    So a run's own file cannot put the environment of who reads it into prompts or names.
-    """
-    if isinstance(value, Mapping):
-        return {key: literal(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [literal(each) for each in value]
-    if not isinstance(value, str):
-        return value
-    return re.sub(r"(\\*)\$\{", lambda found: rf"{found[1] * 2}\${{", value)
-
-
-@dataclass
-class StageMade:
-    """The settings of a run's stage that later commands read."""
-
-    layer: Any = None
-    depth: float = 0.0
-    precision: Precision = Precision.auto
-
-
-# Later commands read these nodes of a run's `config.yaml`.
-READ_AGAIN = {"model": ModelConfig, "data": DataConfig, "dcr": StageMade, "sft": StageMade}
-
-
-def fault_of_run(made_with: Mapping[str, Any]) -> str | None:
-    """The first node of a run's `config.yaml` that later commands cannot read, and why."""
-    own = str(made_with.get("precision", Precision.auto.value))
-    if own not in Precision.__members__:
-        return f"precision={own}: none of {', '.join(Precision.__members__)}"
-    trained = made_with.get("method") in Method.__members__
-    for name, schema in READ_AGAIN.items():
-        if trained and name not in made_with:
-            return f"{name}: missing"
-        try:
-            node = made_with.get(name, {})
-            if schema is StageMade:
-                read = (entry.name for entry in fields(schema))
-                node = {key: node[key] for key in read if key in node}
-            merged: Any = OmegaConf.merge(OmegaConf.structured(schema), literal(node))
-            for key in node:  # what our own defaults refer to is not there
-                if OmegaConf.is_config(value := merged[key]):  # a leaf is resolved by now
-                    OmegaConf.to_container(value, resolve=True)
-        except (OmegaConfBaseException, ValueError, TypeError) as error:
-            why = getattr(error, "msg", None) or str(error)
-            return f"{name}: {getattr(error, 'full_key', None) or name}: {why.splitlines()[0]}"
-    return None
 
 
 @runtime_checkable

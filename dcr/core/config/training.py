@@ -23,7 +23,6 @@ from dcr.core.config import (
     ScriptSettings,
     Stage,
     Terminator,
-    check_installed,
 )
 
 AUTO_LAYER = "auto"  # dcr.layer: measured on the model before stage one, as dcr.choice does
@@ -75,12 +74,6 @@ class OptimConfig:
     weight_decay: float = 0.0
     clip: float | None = None  # norm that gradients are clipped to; null: no clipping
     moments: Moments = Moments.full  # AdamW's, in the weight's own type or in a byte each
-
-
-def check_moments(optim: OptimConfig) -> None:
-    """Raises ConfigError where moments in eight bits need bitsandbytes, which is absent."""
-    if optim.moments is Moments.int8:
-        check_installed("bitsandbytes", "memory", "dcr.optim.moments=int8")
 
 
 @dataclass
@@ -181,15 +174,6 @@ class SFTConfig:
     gradient_checkpointing: bool = False  # less memory for more time
     lora: LoraConfig = field(default_factory=LoraConfig)
     readout: ReadoutConfig = field(default_factory=ReadoutConfig)
-
-
-def check_blocks(dcr: ContrastiveConfig, readout: ReadoutConfig, depth: int) -> None:
-    """Raises ConfigError for blocks of stage one or the readout beyond a model `depth` deep."""
-    block_of(dcr, depth)
-    if readout.steps and readout.blocks > depth:
-        raise ConfigError(
-            f"sft.readout.blocks={readout.blocks}: the model has {depth}; give as many or fewer"
-        )
 
 
 @dataclass

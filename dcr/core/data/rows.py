@@ -143,19 +143,7 @@ def micro_batches(rows: Sequence[PairRow], tokens: int) -> list[list[PairRow]]:
     return [[rows[place] for place in places] for places in groups]
 
 
-def check_lengths(chat: ChatFormat, rows: Splits, config: SFTConfig, context: int) -> None:
-    """Raises ConfigError where the model cannot read `sft.max_len` tokens or no pair fits."""
-    if config.max_len > context:
-        raise ConfigError(
-            f"sft.max_len={config.max_len}: the model's context is {context} tokens; lower it"
-        )
-    pairs = (*rows.normal, *rows.refusals, *rows.augmented)
-    fits = (chat.pair(row.prompt, row.response or "", config.max_len)[0] for row in pairs)
-    if not any(fits):
-        raise _none_fits(config)
-
-
-def _none_fits(config: SFTConfig) -> ConfigError:
+def none_fits(config: SFTConfig) -> ConfigError:
     return ConfigError(f"sft.max_len={config.max_len}: no training pair fits; raise it")
 
 
@@ -226,13 +214,13 @@ class StageRows:
                     )
                 self.general = self._pairs(chat, rows.normal, refusal=False)
                 if not self.general:
-                    raise _none_fits(self.sft)
+                    raise none_fits(self.sft)
         else:
             self.pairs = self._pairs(chat, rows.normal, refusal=False)
             self.pairs += self._pairs(chat, rows.refusals, refusal=True)
             self.pairs += self._pairs(chat, rows.augmented, refusal=False)
             if not self.pairs:
-                raise _none_fits(self.sft)
+                raise none_fits(self.sft)
             self.heldout = self._pairs(chat, rows.normal_heldout, refusal=False)
             self.heldout += self._pairs(chat, rows.refusals_heldout, refusal=True)
         self.drawn = self.prompts or self.pairs

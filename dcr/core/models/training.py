@@ -6,26 +6,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from dcr.core import storage
-from dcr.core.config import ModelConfig, Quantization
-from dcr.core.models import ORIGIN_FILE, Policy, architecture, refused_as, structure
+from dcr.core.config import Quantization
+from dcr.core.models import ORIGIN_FILE, Policy, structure
 from dcr.core.storage import replaced_folder, weights_fingerprint
-
-
-def skeleton(config: ModelConfig) -> Any:
-    """The real architecture, whose parameters have shapes and no values.
-
-    Raises ConfigError if no causal language model can be made of it.
-    """
-    shape = architecture(config)
-    called = "model.architecture" if config.architecture else f"model.name={config.name}"
-    with refused_as(called, "name a causal language model"), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(shape, trust_remote_code=config.trust_remote_code)
 
 
 def trunk(model: Any, block: int) -> nn.Module:

@@ -1,16 +1,15 @@
-"""The stages of a run folder, each from the weights it starts from to its result.
+"""What trains any stage: its batches, Lightning's trainer, and the result at the end.
 
-`contrastive` and `sft` hold the training steps; `resuming` holds what they share and makes training
-go on after a kill, and `callbacks` leaves logs.
+`stages` has those of the paper; `resuming` holds what their modules share and makes training go on
+after a kill, and `callbacks` leaves logs.
 """
 
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning import Callback, LightningDataModule, Trainer
@@ -18,22 +17,21 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
+from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dcr.core import continuing, extending, learning, models, prompts, runs, storage
-from dcr.core.config import ConfigError, LoraConfig, Method, Precision, Quantization, Stage
-from dcr.core.config.training import FSDP, Adapter, TrainConfig, TrainerConfig, block_of
+from dcr.core import extending, models, prompts, runs
+from dcr.core.config import Precision, Stage
+from dcr.core.config.training import FSDP, TrainConfig, TrainerConfig
 from dcr.core.data import Splits
-from dcr.core.data.rows import BATCHES, Batch, StageRows, check_lengths
+from dcr.core.data.rows import BATCHES, Batch, StageRows
 from dcr.core.models import Policy, structure
-from dcr.core.models.training import is_sharded, save_adapter, save_full, skeleton, trained_weights
+from dcr.core.models.training import trained_weights
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
 from dcr.core.storage import Lease
 from dcr.core.training import callbacks, resuming
 from dcr.core.training.callbacks import RunLogger
-from dcr.core.training.contrastive import ContrastiveModule
-from dcr.core.training.sft import SFTModule
 
 log = logging.getLogger(__name__)
 
@@ -130,85 +128,12 @@ class SafetyData(LightningDataModule):
         return [self.of_heldout(rows, self.rows.pad) for rows in self.rows.heldout_passes]
 
 
-def check(settings: TrainConfig, rows: Splits, wanted: Sequence[Stage]) -> None:
-    """Finds before any stage trains what would stop one half-way.
-
-    Raises ConfigError for LoRA targets that match nothing, for a model or a template that cannot
-    be, and where no training pair fits, and DataError for a prompt longer than the context or a
-    conversation that the template refuses.
-    """
-    facts, first, sft = models.facts(settings.model), settings.dcr, settings.sft
-    chat = prompts.chat_format(models.open_tokenizer(settings.model), settings.model)
-    for part in rows.parts().values():
-        chat.check(part)
-    if Stage.contrastive in wanted:
-        if settings.trainer.strategy == FSDP:
-            extending.part("check_sharding")(first, facts)
-        if first.adapter is Adapter.lora:
-            _check_targets(settings, first.lora, block_of(first, facts.depth))
-        StageRows(Stage.contrastive, rows, chat, settings, facts.context)
-    if Stage.sft in wanted:
-        _check_targets(settings, sft.lora)
-        check_lengths(chat, rows, sft, facts.context)
-
-
-def _check_targets(settings: TrainConfig, lora: LoraConfig, blocks: int | None = None) -> None:
-    with callbacks.quiet():
-        structure.add_lora(skeleton(settings.model), lora, settings.seed, blocks=blocks)
-
-
-def train_contrastive(job: Job) -> None:
-    """Stage one: from the base model to `contrastive/`."""
-    settings, run = job.settings, job.run
-    policy = _contrastive_start(job)
-    chat = prompts.chat_format(policy.tokenizer, settings.model)
-    batches = batches_of(job, Stage.contrastive, policy, chat)
-    total = batches.steps_per_epoch * settings.dcr.epochs
-    module = ContrastiveModule(policy, settings.dcr, job.block, total)
-    light = learning.current().shrink_frozen(
-        policy.model, job.block, whole=module.anchored, settings=settings
-    )
-    trainer = fit(job, Stage.contrastive, module, policy, chat, batches, total)
-    trained = trained_weights(policy.model)
-    if trainer.is_global_zero:
-        if light or structure.is_quantised(policy.model) or is_sharded(policy.model):
-            policy = _contrastive_start(job, whole=True)  # no whole weights are here
-            policy.model.load_state_dict(trained, strict=False)
-        if settings.dcr.adapter is Adapter.lora:
-            policy = Policy(policy.model.merge_and_unload(), policy.tokenizer, policy.name)
-        save_full(policy, run.stage("contrastive"))
-    end(job, Stage.contrastive, trainer)
-
-
-def train_sft(job: Job) -> None:
-    """Stage two: from the base model (STL, STL-aug) or `contrastive/` (DCR) to `sft/`."""
-    settings, run = job.settings, job.run
-    policy = _sft_start(job)
-    chat = chat_of_answers(job, policy)
-    batches = batches_of(job, Stage.sft, policy, chat)
-    if batches.rows.too_long:
-        log.warning(
-            "%d pairs have no room for a response within sft.max_len=%d and were left out",
-            len(batches.rows.too_long),
-            settings.sft.max_len,
-        )
-    total = batches.steps_per_epoch * settings.sft.epochs
-    module = SFTModule(policy, settings.sft, total)
-    trainer = fit(job, Stage.sft, module, policy, chat, batches, total)
-    trained = trained_weights(policy.model)
-    if trainer.is_global_zero:
-        save_adapter(policy, run.stage("sft"), policy.name, trained)
-    end(job, Stage.sft, trainer)
-
-
 def batches_of(
     job: Job, stage: Stage, policy: Policy, chat: ChatFormat, feed: Feed | None = None
 ) -> SafetyData:
     """The batches of a stage, whose base is recorded, or found to be the one that was."""
     if job.lease:
-        name, commit = Path(policy.name), getattr(policy.model.config, "_commit_hash", None)
-        weights = storage.weights_fingerprint(name) if name.is_dir() else f"{policy.name}@{commit}"
-        continuing.claim_base(job.run, stage.value, weights, job.settings.force)
+        extending.part("claim_start")(job.run, stage, policy, job.settings.force)
     context = models.facts(job.settings.model).context
     return SafetyData(stage, job.rows, chat, job.settings, context, feed)
 
@@ -219,36 +144,6 @@ def chat_of_answers(job: Job, policy: Policy) -> ChatFormat:
     return prompts.chat_format(policy.tokenizer, job.settings.model, terminator, output_rows)
 
 
-def _contrastive_start(job: Job, whole: bool = False) -> Policy:
-    """The base model as the stage trains it, or whole for a result.
-
-    A result of weights in four bits adds what was trained to the weights in full: to the rounded
-    ones it would be lost where SFT rounds again, since each stands on a step of the grid.
-    """
-    settings = job.settings
-    model = replace(settings.model, quantization=Quantization.none) if whole else settings.model
-    policy = models.open_policy(model, settings.dcr.precision)
-    if settings.dcr.adapter is not Adapter.lora:
-        return policy
-    adapted = structure.add_lora(policy.model, settings.dcr.lora, settings.seed, blocks=job.block)
-    return Policy(adapted, policy.tokenizer, policy.name)
-
-
-def _sft_start(job: Job) -> Policy:
-    settings = job.settings
-    if settings.method is not Method.dcr:
-        policy = models.open_policy(settings.model, settings.sft.precision)
-    else:
-        policy = models.open_folder(
-            str(job.run.stage("contrastive")),
-            settings.sft.precision,
-            trust_remote_code=settings.model.trust_remote_code,
-            quantization=settings.model.quantization,
-        )
-    adapted = structure.add_lora(policy.model, settings.sft.lora, settings.seed)
-    return Policy(adapted, policy.tokenizer, policy.name)
-
-
 def fit(
     job: Job,
     stage: Stage,
@@ -256,15 +151,16 @@ def fit(
     policy: Policy,
     chat: ChatFormat,
     batches: SafetyData,
-    total: int,
-) -> Trainer:
-    """Train to the end, from the newest checkpoint on; the checkpoints are left until `end`.
+    save: Callable[[dict[str, Tensor]], None],
+) -> None:
+    """Trains a stage to its end, from the newest checkpoint on, and saves its result.
 
-    Raises TrainingError where no weight moved.
+    The first process calls `save` with all trained weights, see `trained_weights`; checkpoints are
+    gone behind that. Raises TrainingError where no weight moved.
     """
     settings, options, folder = job.settings, job.settings.trainer, job.run.checkpoints(stage.value)
     checkpoint = resuming.newest_checkpoint(folder)
-    step = resuming.step_of(checkpoint)
+    step, total = resuming.step_of(checkpoint), module.total_steps
     if checkpoint:
         log.info("%s: going on after step %d of %d", stage.value, step, total)
     if job.lease:
@@ -300,12 +196,9 @@ def fit(
             "the weights' precision, or every gradient was zero (all pairs beyond the margin, and "
             "no NLL term)"
         )
-    return trainer
-
-
-def end(job: Job, stage: Stage, trainer: Trainer) -> None:
-    """The stage is done: its result is written."""
+    trained = trained_weights(policy.model)
     if trainer.is_global_zero:
+        save(trained)
         forget_checkpoints(job.run, stage)
     trainer.strategy.barrier()  # no process opens a result that another is still writing
 
@@ -357,12 +250,3 @@ def _strategy(options: TrainerConfig, module: resuming.ResumableModule) -> str |
 
 def forget_checkpoints(run: Run, stage: Stage) -> None:
     shutil.rmtree(run.checkpoints(stage.value), ignore_errors=True)
-
-
-TRAIN: dict[Stage, Train] = {Stage.contrastive: train_contrastive, Stage.sft: train_sft}
-
-
-def train_stage(stage: Stage, job: Job) -> None:
-    """From the weights that a stage starts from to its result."""
-    train: Train = TRAIN.get(stage) or extending.ours(job.settings.table.stages[stage.value])
-    train(job)

@@ -105,6 +105,7 @@ class ResumableModule(LightningModule):
     Attributes:
         step_loss: the key of the loss that the bar shows.
         arithmetic: of passes, which Lightning makes under autocast unless it is fp32.
+        total_steps: of the whole stage.
         clip: the greatest norm of gradients, None for any.
         splits: whether its weights may be split over processes.
     """
@@ -112,6 +113,7 @@ class ResumableModule(LightningModule):
     model: Any
     step_loss: str
     arithmetic: Precision
+    total_steps: int
     clip: float | None = None
     splits = True
 

@@ -8,6 +8,7 @@ import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from dcr.core import machine, storage
@@ -83,6 +84,18 @@ def of_general_pairs(made_with: Mapping[str, Any]) -> dict[str, Any]:
     return {f"sft.{key}": sft.get(key) for key in ("max_len", "train_on_prompt")}
 
 
+def claim(run: Run, made_with: Mapping[str, Any], record: Mapping[str, Any], force: bool) -> None:
+    """Takes the folder for a command with this configuration and these rows.
+
+    Raises ConfigError where `check_config` or `check_rows` does; with `force` what is not done
+    begins anew.
+    """
+    anew = check_config(run, made_with, force)
+    anew |= check_rows(run, record, force)
+    if anew:  # nothing refuses this command any more
+        begin_anew(run)
+
+
 def check_config(run: Run, made_with: Mapping[str, Any], force: bool) -> bool:
     """Whether what is not done has to begin anew, as the configuration in the folder is another.
 
@@ -131,6 +144,13 @@ def claim_base(run: Run, stage: str, weights: str, force: bool) -> None:
     if _differs(run, "made from other weights", changed, force):
         begin_anew(run)
     storage.write_json(run.base_file, now)
+
+
+def claim_start(run: Run, stage: Stage, policy: Any, force: bool) -> None:
+    """The same for the `models.Policy` that a stage starts from."""
+    name, commit = Path(policy.name), getattr(policy.model.config, "_commit_hash", None)
+    weights = storage.weights_fingerprint(name) if name.is_dir() else f"{policy.name}@{commit}"
+    claim_base(run, stage.value, weights, force)
 
 
 def _differs(
