@@ -187,11 +187,9 @@ class TrainSettings(TrainConfig):
     table: ClassVar[TrainTable] = TrainTable(
         rows={"stl_aug": "dcr.stl_aug.rows:added"},
         stages={"readout": "dcr.readout.stage:train"},
-        examining="dcr.balance:examined",
         best_layer="dcr.choice.transfer:best_layer",
         watching="dcr.tracking.costs:watching",
         showing="dcr.wandb_run:showing",
-        stopping="dcr.stopping:WithinStep",
         relations=(tracking.relations, wandb_run.relations),
     )
 

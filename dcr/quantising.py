@@ -7,7 +7,8 @@ are frozen, and only an adapter on them can be trained.
 """
 
 import importlib
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,13 @@ def open_quantised(source: str, precision: Precision, called: str, **options: An
     model = whole_model(source, "auto", called, **options)
     quantise(model, precision)
     return model
+
+
+def int8_adamw(weights: Iterable[Tensor], **options: Any) -> torch.optim.Optimizer:
+    """AdamW whose two moments of each weight are held in a byte each."""
+    with warnings.catch_warnings(action="ignore"):  # of torch's older parts
+        made = importlib.import_module("bitsandbytes.optim").AdamW8bit
+    return made(weights, **options)
 
 
 def quantisable(model: Any) -> Iterator[tuple[nn.Module, str, nn.Linear]]:

@@ -14,7 +14,7 @@ from dcr.core.config.training import AUTO_LAYER, TrainConfig, block_of, stages_o
 from dcr.core.data import Splits
 from dcr.core.runs import Run
 from dcr.core.storage import Lease
-from dcr.core.training import Examine, Job, Show, Watch, callbacks, stages
+from dcr.core.training import Job, Show, Watch, callbacks, stages
 
 log = logging.getLogger(__name__)
 
@@ -92,8 +92,7 @@ def _claimed(settings: TrainConfig, run: Run, rows: Splits) -> Iterator[Lease | 
         try:
             made_with = config.plain(settings)
             extending.part("claim")(run, made_with, data.row_record(rows), settings.force)
-            examine: Examine | None = extending.ours(settings.table.examining)
-            about, warnings = examine(rows) if examine else ({}, [])
+            about, warnings = extending.part("examine")(rows)
             storage.write_json(run.rows_file, data.row_record(rows, about))
             runs.write_config(run, made_with)
             drawn = (f"{len(part)} {name}" for name, part in rows.parts().items() if part)

@@ -194,13 +194,11 @@ class TrainTable:
     Each is imported only where settings ask for it.
     """
 
-    examining: str = ""  # of an `Examine`: looks at the rows of a run
     rows: Mapping[str, str] = field(default_factory=dict)  # of a `data.Added`, by method
     stages: Mapping[str, str] = field(default_factory=dict)  # of a `Train`, by the stage's name
     best_layer: str = ""  # of a `FindLayer`: for `dcr.layer=auto`
     watching: str = ""  # of a `Watch`: measures while stages train
     showing: str = ""  # of a `Show`: loggers beside `metrics.csv`
-    stopping: str = ""  # of a `Stop`: obeys a signal within a step
     relations: tuple[Relations, ...] = ()
 
 

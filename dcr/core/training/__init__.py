@@ -6,7 +6,7 @@ after a kill, and `callbacks` leaves logs.
 
 import logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -36,8 +36,6 @@ from dcr.core.training.callbacks import RunLogger
 log = logging.getLogger(__name__)
 
 # What extensions may add, by the names that `config.TrainTable` gives them.
-# Adds to a run's `rows.json`, and gives a line for each thing to warn of.
-Examine = Callable[[Splits], tuple[Mapping[str, Any], list[str]]]
 # Trains a stage behind those of the core.
 Train = Callable[["Job"], None]
 # Measures on a model, before it trains, the block whose states stage one should read.
@@ -45,9 +43,6 @@ FindLayer = Callable[[TrainConfig], int]
 # Makes the callbacks that measure while a stage of so many steps trains, called before ours.
 Watched = Callable[[Run, Stage, Policy, ChatFormat, int], list[Callback]]
 Watch = Callable[[TrainConfig], Watched]
-# Makes a callback that ends training within a step for what the last callback, `Checkpoints`, has
-# received.
-Stop = Callable[[], Callback]
 # Opens loggers for the stages of a run, and gives them with a function that is told of each result.
 Show = Callable[
     [TrainConfig, Run], AbstractContextManager[tuple[list[Logger], Callable[[str], None] | None]]
@@ -216,7 +211,6 @@ def lightning_trainer(
 ) -> Trainer:
     """Lightning's Trainer with what all training has in common, whose logs are under `name`."""
     options = settings.trainer
-    stop: Stop | None = extending.ours(settings.table.stopping)
     plugins: list[Any] = [resuming.VerifiedCheckpointIO(module)]
     if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
         # as Lightning would choose, without requeueing, whose checkpoint can fall into the middle
@@ -227,7 +221,8 @@ def lightning_trainer(
         devices=options.devices,
         num_nodes=options.num_nodes,
         precision=LIGHTNING_PRECISION[precision],  # pyright: ignore[reportArgumentType]
-        callbacks=[*([stop()] if stop else []), *callbacks],
+        # a signal is obeyed within a step, which may take minutes
+        callbacks=[extending.part("within_step")(), *callbacks],
         logger=[RunLogger(run, name), *loggers],
         plugins=plugins,
         enable_checkpointing=False,

@@ -6,7 +6,6 @@ one bit for bit. A checkpoint is a file with its SHA-256 beside it; both appear 
 """
 
 import hashlib
-import importlib
 import logging
 import math
 import os
@@ -237,8 +236,7 @@ def adamw(
     fused = all(weight.device.type == "cpu" for weight in trained)
     made: Any = partial(torch.optim.AdamW, fused=fused or None)
     if moments is Moments.int8:
-        with warnings.catch_warnings(action="ignore"):  # of torch's older parts
-            made = importlib.import_module("bitsandbytes.optim").AdamW8bit
+        made = extending.part("int8_adamw")
     optimizer = made(trained, lr=lr, weight_decay=weight_decay)
     # or Lightning, with an eye to fp16, refuses to clip gradients before a fused step
     optimizer._step_supports_amp_scaling = False
