@@ -24,8 +24,7 @@ from dcr.core import config, storage
 from dcr.core.config import ConfigError, DataConfig, Kind, Stage
 from dcr.core.config.evaluation import EvalConfig
 from dcr.core.config.training import TrainConfig
-from dcr.core.evaluation import sets
-from dcr.core.evaluation.sets import PromptSet
+from dcr.core.evaluation import PromptSet, set_name
 from dcr.core.refusal import keywords as refusal
 from dcr.core.runs import Run
 from dcr.ending import single_line
@@ -199,7 +198,7 @@ def _unreached(job: Job, asked: Sequence[EvalSettings], stl: Job) -> Iterator[st
         if file.exists():
             yield storage.read_json(file, str, f"delete {file}, and the same command tries again")
     chosen_on = [
-        {sets.set_name(name) for kind in ("toxic", "seemingly_toxic") for name in getattr(of, kind)}
+        {set_name(name) for kind in ("toxic", "seemingly_toxic") for name in getattr(of, kind)}
         for of in (settings.node(calibration.CalibrationConfig) for settings in asked)
     ]
     for file in sorted(job.run.folder.glob("eval/*/metrics.json")):

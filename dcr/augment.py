@@ -22,7 +22,7 @@ from dcr.balance import Balance
 from dcr.core import config, machine, prompts, sources, storage
 from dcr.core.config import ConfigError, Kind
 from dcr.core.config.evaluation import AUTO_LENGTH
-from dcr.core.evaluation.sets import PromptSet
+from dcr.core.evaluation import PromptSet
 from dcr.core.runs import Run
 from dcr.core.sources import Example
 from dcr.core.text import normalise

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dcr.core import sources
 from dcr.core.config import DataConfig, DataError, Kind, UserError
-from dcr.core.evaluation.sets import PromptSet
+from dcr.core.evaluation import PromptSet
 from dcr.core.runs import Run
 from dcr.core.sources import Example
 from dcr.core.text import normalise

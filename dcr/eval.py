@@ -14,9 +14,8 @@ from typing import Any, TypeVar
 from dcr.core import config, extending, machine, runs, storage
 from dcr.core.config import ConfigError, DataError, Kind, Method, Precision
 from dcr.core.config.evaluation import EvalConfig
-from dcr.core.evaluation import protocols, sets
+from dcr.core.evaluation import DISCERNMENT, TASKS, PromptSet, of_tasks, protocols
 from dcr.core.evaluation.protocols import VERSION, Answers, MetricsFile, Subject, Task, Work
-from dcr.core.evaluation.sets import PromptSet
 from dcr.core.runs import Run
 
 Settings = TypeVar("Settings", bound=EvalConfig)
@@ -141,14 +140,14 @@ def read(settings: EvalConfig) -> Asked:
     Raises UserError for a fault of the data, and where all tasks need prompts and there are none.
     """
     tasks = protocols.tasks(settings)
-    answered = [name for name in dict.fromkeys(settings.tasks) if name in sets.TASKS]
+    answered = [name for name in dict.fromkeys(settings.tasks) if name in TASKS]
     asked = _asked(settings, answered) if answered else []
     for task in tasks.values():
         asked = [*asked, *task.prompts(settings)]
-    ranked = _asked(settings, list(sets.TASKS)) if sets.DISCERNMENT in settings.tasks else []
+    ranked = _asked(settings, list(TASKS)) if DISCERNMENT in settings.tasks else []
     if not (tasks or asked or ranked):
-        both = sets.DISCERNMENT in settings.tasks
-        empty = [f"data.evaluation.{t}=[]" for t in sets.TASKS if both or t in settings.tasks]
+        both = DISCERNMENT in settings.tasks
+        empty = [f"data.evaluation.{t}=[]" for t in TASKS if both or t in settings.tasks]
         raise ConfigError(
             f"tasks=[{','.join(settings.tasks)}] {' '.join(empty)}: no prompts to ask; name "
             "sources of them, or other tasks"
@@ -160,7 +159,7 @@ def _asked(settings: EvalConfig, tasks: list[str]) -> list[PromptSet]:
     for change in protocols.changes(settings):
         if (others := change.prompts(settings)) is not None:
             return others
-    return sets.of_tasks(tasks, settings.data, settings.limit, settings.seed)
+    return of_tasks(tasks, settings.data, settings.limit, settings.seed)
 
 
 # --- one subject ----------------------------------------------------------------------------------
@@ -183,10 +182,10 @@ def measure(
         folder = subject.folder
         written = extending.ours(settings.table.metrics) or MetricsFile
         file: MetricsFile = written(subject, folder, _origin(subject))
-        if sets.DISCERNMENT in settings.tasks:  # first: an endpoint may not be able to
+        if DISCERNMENT in settings.tasks:  # first: an endpoint may not be able to
             trained_on = run.record().get("in_distribution", [])
             masses, most = subject.masses(asked.ranked, folder)
-            blocks[sets.DISCERNMENT] = scoring.discernment(
+            blocks[DISCERNMENT] = scoring.discernment(
                 asked.ranked, masses, trained_on, settings.seed, most
             )
             _write(subject, file, blocks, began)

@@ -13,7 +13,7 @@ from dcr import entry, extensions, gating, resolving, robustness
 from dcr.core import config, machine, prompts, storage
 from dcr.core.config import EMBEDDED_MODEL, STAGES, ConfigError, Precision, Quantization
 from dcr.core.config.training import AUTO_LAYER, ContrastiveConfig, block_of
-from dcr.core.evaluation.sets import APART, check_names
+from dcr.core.evaluation import APART, check_names
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
 from dcr.extensions import EvalSettings

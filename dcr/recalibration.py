@@ -52,11 +52,11 @@ def main(options: Options) -> None:
     folder, settings = options.model, _settings(options)
     from dcr.calibration import biases
     from dcr.core import models
-    from dcr.core.evaluation import sets
+    from dcr.core.evaluation import check_names
     from dcr.core.models import folders, structure
 
     biases.check(settings, {"method": "base"})
-    sets.check_names(biases.validation(settings))
+    check_names(biases.validation(settings))
     machine.use_threads()
     extensions.hand_in_passes()
     if folders.is_adapter(folder):

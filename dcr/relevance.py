@@ -22,9 +22,8 @@ from dcr import builtin, decoding, inference
 from dcr.core import learning, machine, models, passes, storage
 from dcr.core.config import EMBEDDED_MODEL, ConfigError, ModelConfig, Precision
 from dcr.core.config.evaluation import EvalConfig
-from dcr.core.evaluation import sets
+from dcr.core.evaluation import PromptSet, kept
 from dcr.core.evaluation.protocols import Task, Work
-from dcr.core.evaluation.sets import PromptSet
 from dcr.core.generation import Completion
 from dcr.core.models import Policy, structure
 from dcr.core.prompts import IGNORED
@@ -101,7 +100,7 @@ class Relevance(Task):
         made = storage.fingerprint([MODEL, BETWEEN, ANSWER, PROMPT, self.others, sorted(texts)])
         answered = PromptSet(asked.name, asked.kind, [r for r in asked.rows if r.id in answers])
         place, progress = work.folder / f"relevance-{made}", work.settings.trainer.progress
-        return sets.kept([answered], ask, place, Score, "relevance", progress)[asked.name]
+        return kept([answered], ask, place, Score, "relevance", progress)[asked.name]
 
     def read(
         self, policy: Policy, answers: Sequence[Completion], prompts: Sequence[str]

@@ -10,7 +10,7 @@ from dcr import keywords, results, wandb_run
 from dcr.core import storage
 from dcr.core.config import Kind, Method, Precision
 from dcr.core.config.evaluation import EvalConfig
-from dcr.core.evaluation import sets
+from dcr.core.evaluation import APART
 from dcr.core.generation import Completion
 from dcr.core.runs import Run
 from dcr.judges import verdicts
@@ -186,7 +186,7 @@ def scored(metrics: Mapping[str, Any]) -> dict[str, float]:
         for quantity, hits, n in _rates(counts):
             if n:
                 found[f"{name}/{quantity}"] = hits / n
-                if counts["kind"] in TASK_OF_KIND and name not in sets.APART:
+                if counts["kind"] in TASK_OF_KIND and name not in APART:
                     pools.setdefault((counts["kind"], quantity), []).append((hits, n))
     for (kind, quantity), parts in pools.items():
         hits, n = (sum(part) for part in zip(*parts, strict=True))

@@ -20,7 +20,7 @@ from dcr import align, gate, study
 from dcr.calibration import CalibrationConfig
 from dcr.core import storage
 from dcr.core.config import ConfigError, DataConfig, EvaluationSets
-from dcr.core.evaluation.sets import PromptSet
+from dcr.core.evaluation import PromptSet
 from dcr.core.refusal import keywords, opening
 from dcr.core.runs import Run
 from dcr.extensions import EvalSettings

@@ -32,8 +32,7 @@ from dcr.core.config import (
     ModelConfig,
     Precision,
 )
-from dcr.core.evaluation import subjects
-from dcr.core.evaluation.sets import PromptSet
+from dcr.core.evaluation import PromptSet, subjects
 from dcr.core.models import Policy, folders
 from dcr.core.models.training import save_adapter, save_full
 from dcr.core.refusal import opening as refusal

@@ -13,7 +13,7 @@ import yaml
 from dcr import resolving
 from dcr.core import config, statistics, storage
 from dcr.core.config import DataError, Kind
-from dcr.core.evaluation.sets import APART
+from dcr.core.evaluation import APART
 from dcr.extensions import TrainSettings
 from dcr.frontier import Rule, arms, comparing
 from dcr.frontier import __main__ as command

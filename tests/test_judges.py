@@ -13,8 +13,8 @@ from sklearn.metrics import cohen_kappa_score
 
 from dcr import keywords
 from dcr.core.config import ConfigError, Kind, UserError
+from dcr.core.evaluation import PromptSet
 from dcr.core.evaluation.protocols import Judge
-from dcr.core.evaluation.sets import PromptSet
 from dcr.core.generation import Completion
 from dcr.endpoints import HTTPConfig, ServerConfig
 from dcr.endpoints.servers import EndpointError

@@ -12,7 +12,7 @@ from dcr import looks
 from dcr.core import data as splits
 from dcr.core import sources, storage
 from dcr.core.config import DataError, EvaluationSets, Kind
-from dcr.core.evaluation import sets
+from dcr.core.evaluation import of_tasks
 from dcr.core.sources import is_final
 from dcr.extensions import EvalSettings
 from dcr.looks import counting
@@ -63,7 +63,7 @@ def test_rows_kept_apart_are_read_only_to_be_scored(
     assert len(sources.read(str(rows), kind=kind, scored=True)) == 3
     settings = EvalSettings()
     settings.data.evaluation = EvaluationSets([str(rows)], [])
-    (asked,) = sets.of_tasks(["over_refusal"], settings.data, None, 0)
+    (asked,) = of_tasks(["over_refusal"], settings.data, None, 0)
     assert len(asked.rows) == 3
     (seen,) = splits.evaluation_prompts(settings.data).values()
     assert len(seen) == 3, "training must know them, to leave out what is near one"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from benchmarks import keywords as rules
 from benchmarks import outcomes as fit
 from dcr.core.config import Kind
-from dcr.core.evaluation.sets import PromptSet
+from dcr.core.evaluation import PromptSet
 from dcr.core.generation import Completion
 from dcr.extensions import EvalSettings
 from dcr.judges.judging import JudgeTable, judge

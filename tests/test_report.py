@@ -16,8 +16,7 @@ import yaml
 from dcr import results
 from dcr.core import runs, storage
 from dcr.core.config import Kind
-from dcr.core.evaluation import scoring, subjects
-from dcr.core.evaluation.sets import PromptSet
+from dcr.core.evaluation import PromptSet, scoring, subjects
 from dcr.core.runs import Run
 from dcr.ending import encodable
 from dcr.outcomes import Outcome

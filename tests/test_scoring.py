@@ -15,8 +15,7 @@ from sklearn.metrics import roc_auc_score
 from dcr import keywords
 from dcr.core import prompts
 from dcr.core.config import ConfigError, DataConfig, EvaluationSets, Kind, ModelConfig
-from dcr.core.evaluation import scoring, sets, subjects
-from dcr.core.evaluation.sets import PromptSet
+from dcr.core.evaluation import PromptSet, kept, of_tasks, scoring, set_name, subjects
 from dcr.core.generation import Completion
 from dcr.core.models import Policy
 from dcr.core.refusal import opening as refusal
@@ -229,33 +228,33 @@ def test_sets_are_read_by_task_and_sampled_by_seed(tmp_path: Path) -> None:
         [file_of(tmp_path, "safe", 30)], [file_of(tmp_path, "bad", 5)]
     )
     both = ["over_refusal", "safety"]
-    found = sets.of_tasks(both, config, None, seed=0)
+    found = of_tasks(both, config, None, seed=0)
     assert [(b.name, b.kind, len(b.rows)) for b in found] == [
         ("safe", Kind.seemingly_toxic, 30),
         ("bad", Kind.toxic, 5),
     ]
-    drawn = [sets.of_tasks(both, config, 10, seed)[0].rows for seed in (0, 0, 1)]
+    drawn = [of_tasks(both, config, 10, seed)[0].rows for seed in (0, 0, 1)]
     assert [len(sample) for sample in drawn] == [10] * 3
     assert drawn[0] == drawn[1] != drawn[2]
-    assert sets.of_tasks(["safety"], config, 10, seed=0)[0].rows == found[1].rows
+    assert of_tasks(["safety"], config, 10, seed=0)[0].rows == found[1].rows
 
 
 def test_a_users_file_stays_in_the_run_folder(tmp_path: Path) -> None:
     """Its set is called after the file, since its path would lead out of the folder."""
     path = file_of(tmp_path / "my data", "odd näme", 3)
     config = DataConfig(label="made", evaluation=EvaluationSets([path], []))
-    (prompt_set,) = sets.of_tasks(["over_refusal"], config, None, seed=0)
+    (prompt_set,) = of_tasks(["over_refusal"], config, None, seed=0)
     assert prompt_set.name == "odd-n-me"
     found = scored([prompt_set], [[REFUSED] * 3], in_distribution=[path])
     assert found["sets"]["odd-n-me"]["in_distribution"] is True
-    assert sets.set_name("xstest_safe") == "xstest_safe"
+    assert set_name("xstest_safe") == "xstest_safe"
 
 
 def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
     paths = [file_of(tmp_path / place, "mine", 3) for place in ("a", "b")]
     config = DataConfig(label="made", evaluation=EvaluationSets(paths, []))
     with pytest.raises(ConfigError, match="mine stands there twice"):
-        sets.of_tasks(["over_refusal"], config, None, seed=0)
+        of_tasks(["over_refusal"], config, None, seed=0)
 
 
 # --- generating ---------------------------------------------------------------------------------
@@ -272,7 +271,7 @@ def complete(
             asked.extend(row.prompt for row in batch)
             yield [answered(row, f"to {row.prompt}") for row in batch]
 
-    return sets.kept(asked_sets, answer, folder, Completion, "generating", False)
+    return kept(asked_sets, answer, folder, Completion, "generating", False)
 
 
 def test_two_commands_that_need_the_same_answers_ask_for_them_once(tmp_path: Path) -> None:
@@ -288,7 +287,7 @@ def test_two_commands_that_need_the_same_answers_ask_for_them_once(tmp_path: Pat
             yield [answered(row, "here")]
 
     def command() -> dict[str, list[Completion]]:
-        return sets.kept([prompt_set], slowly, tmp_path, Completion, "generating", False)
+        return kept([prompt_set], slowly, tmp_path, Completion, "generating", False)
 
     first = threading.Thread(target=command)
     first.start()
@@ -332,10 +331,10 @@ def test_a_row_without_an_answer_is_asked_again(tmp_path: Path) -> None:
         asked.extend(row.prompt for row in rows)
         yield [answered(rows[0], "here")]
 
-    first = sets.kept([prompt_set], failing, tmp_path, Completion, "generating", False)
+    first = kept([prompt_set], failing, tmp_path, Completion, "generating", False)
     assert [c.id for c in first["a"]] == ["a-0"]
     asked.clear()
-    second = sets.kept([prompt_set], failing, tmp_path, Completion, "generating", False)
+    second = kept([prompt_set], failing, tmp_path, Completion, "generating", False)
     assert asked == ["a prompt 1", "a prompt 2"]
     assert [c.id for c in second["a"]] == ["a-0", "a-1"]
     found = scoring.score([prompt_set], second, [], [], 0, keywords.RULES)

@@ -7,10 +7,10 @@ import pytest
 import yaml
 
 from dcr import eval as eval_entry
+from dcr.core import evaluation as sets
 from dcr.core import sources
 from dcr.core.config import ConfigError, DataConfig, EvaluationSets, Kind
-from dcr.core.evaluation import sets
-from dcr.core.evaluation.sets import PromptSet
+from dcr.core.evaluation import PromptSet
 from dcr.core.generation import Completion
 from dcr.extensions import TABLE, EvalSettings
 from dcr.public import _PAIRS, PAPER_SAFETY, SOURCES

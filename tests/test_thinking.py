@@ -20,8 +20,7 @@ from dcr import eval as eval_entry
 from dcr.calibration import biases
 from dcr.core import generation, prompts
 from dcr.core.config import ConfigError, DataError, Kind, ModelConfig
-from dcr.core.evaluation import subjects
-from dcr.core.evaluation.sets import PromptSet
+from dcr.core.evaluation import PromptSet, subjects
 from dcr.core.models import Policy
 from dcr.core.prompts import IGNORED, ChatFormat
 from dcr.core.refusal import opening as refusal

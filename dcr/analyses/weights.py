@@ -37,8 +37,8 @@ from dcr.core.config import ConfigError, DataConfig, Kind
 from dcr.core.config import training as config
 from dcr.core.config.evaluation import EvalConfig
 from dcr.core.config.training import ContrastiveConfig
+from dcr.core.evaluation import PromptSet
 from dcr.core.evaluation.protocols import Task, Work
-from dcr.core.evaluation.sets import PromptSet
 from dcr.core.evaluation.subjects import Local
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat

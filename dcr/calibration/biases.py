@@ -23,9 +23,8 @@ from dcr.calibration import CalibrationConfig
 from dcr.core import generation, storage
 from dcr.core.config import ConfigError, Kind, Method
 from dcr.core.config.evaluation import EvalConfig
-from dcr.core.evaluation import subjects
+from dcr.core.evaluation import PromptSet, kept, read_set, set_name, subjects
 from dcr.core.evaluation.protocols import Change
-from dcr.core.evaluation.sets import PromptSet, kept, read_set, set_name
 from dcr.core.evaluation.subjects import Local
 from dcr.core.generation import OpeningBias
 from dcr.core.models import Policy

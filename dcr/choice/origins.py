@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from dcr.core import sources
 from dcr.core.config import ConfigError, DataConfig, DataError, Kind
-from dcr.core.evaluation import sets
+from dcr.core.evaluation import pairs_of
 from dcr.core.sources import Example
 from dcr.public import SOURCES
 from dcr.resolving import source_names
@@ -94,7 +94,7 @@ def gathered(
     """Candidates, test sets and their rows, at most `limit` of a side, drawn by seed.
 
     `pairs` are further candidates (None: the usual ones that can be read, "none": no other),
-    `tests` the sets to test on (None: the pairs of `core.evaluation.sets` that can be read).
+    `tests` the sets to test on (None: the pairs of public sets that can be read).
     Raises ConfigError and DataError where a source that the settings or the user name cannot be
     read or holds too few rows, and where no test set is of another origin.
     """
@@ -165,7 +165,7 @@ def usual_tests(data: DataConfig) -> dict[str, SourcePair]:
         or (data.root is None and name in evaluated)
         or (data.root and source.file and os.path.isfile(os.path.join(data.root, source.file)))
     ]
-    return {label: SourcePair(*sides) for label, sides in sets.pairs_of(there).items()}
+    return {label: SourcePair(*sides) for label, sides in pairs_of(there).items()}
 
 
 def _drawn(

@@ -10,9 +10,8 @@ from typing import Any
 
 from dcr.core.config import ConfigError, UserError
 from dcr.core.config.evaluation import EvalConfig, GenConfig
-from dcr.core.evaluation import sets
+from dcr.core.evaluation import OfPrompt, PromptSet, kept
 from dcr.core.evaluation.protocols import Answers, Masses, Subject
-from dcr.core.evaluation.sets import PromptSet
 from dcr.core.generation import Completion
 from dcr.core.refusal import opening as refusal
 from dcr.core.runs import Run
@@ -69,7 +68,7 @@ class Served(Subject):
             return complete(server, settings.node(HTTPConfig), rows, settings.gen, system)
 
         progress = settings.trainer.progress
-        given = sets.kept(asked, ask, folder, Completion, "generating", progress)
+        given = kept(asked, ask, folder, Completion, "generating", progress)
         _put_in_order(asked, folder, Completion)
         return given
 
@@ -92,7 +91,7 @@ class Served(Subject):
                     yield [ShownOpening(row.id, row.prompt, *refusal.shown_mass(reply.top[0]))]
 
         place, progress = folder / "openings", settings.trainer.progress
-        by_set = sets.kept(asked, ask, place, ShownOpening, "reading", progress)
+        by_set = kept(asked, ask, place, ShownOpening, "reading", progress)
         _put_in_order(asked, place, ShownOpening)
         check_answered(asked, by_set)
         least = {name: {row.id: row.mass for row in rows} for name, rows in by_set.items()}
@@ -110,9 +109,7 @@ class Unanswered(UserError):
     exit_code = 1
 
 
-def check_answered(
-    asked: Sequence[PromptSet], given: Mapping[str, Sequence[sets.OfPrompt]]
-) -> None:
+def check_answered(asked: Sequence[PromptSet], given: Mapping[str, Sequence[OfPrompt]]) -> None:
     """Warns of sets that lack answers, as when a server failed; raises Unanswered if all do."""
     lacking = {b.name: (len(b.rows) - len(given[b.name]), len(b.rows)) for b in asked}
     missing, total = (sum(counts[i] for counts in lacking.values()) for i in (0, 1))
@@ -126,7 +123,7 @@ def check_answered(
             log.warning("%s: %d of %d prompts without an answer", name, without, of)
 
 
-def _put_in_order(asked: Sequence[PromptSet], folder: Path, schema: type[sets.OfPrompt]) -> None:
+def _put_in_order(asked: Sequence[PromptSet], folder: Path, schema: type[OfPrompt]) -> None:
     for of in asked:
         calls.put_in_order(folder / f"{of.name}.jsonl", schema, [row.id for row in of.rows])
 

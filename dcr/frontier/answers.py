@@ -12,10 +12,10 @@ from typing import Any
 from pydantic import FiniteFloat
 
 from dcr.calibration import biases
+from dcr.core import evaluation as sets
 from dcr.core import generation
 from dcr.core.config import ConfigError, Kind
 from dcr.core.config.evaluation import EvalConfig
-from dcr.core.evaluation import sets
 from dcr.core.evaluation.protocols import Task, Work
 from dcr.core.refusal import keywords as refusal
 from dcr.core.runs import Run

@@ -13,7 +13,7 @@ from hydra.errors import HydraException
 from dcr import entry, inference, results
 from dcr.core import storage
 from dcr.core.config import DataError, Kind
-from dcr.core.evaluation.sets import APART
+from dcr.core.evaluation import APART
 from dcr.core.refusal.keywords import is_refusal
 from dcr.core.runs import Run
 from dcr.core.statistics import Interval

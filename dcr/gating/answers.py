@@ -19,8 +19,8 @@ from dcr.calibration.biases import Beginnings
 from dcr.core import storage
 from dcr.core.config import ConfigError
 from dcr.core.config.evaluation import EvalConfig
+from dcr.core.evaluation import PromptSet, kept, set_name
 from dcr.core.evaluation.protocols import Ask, Change, Masses
-from dcr.core.evaluation.sets import PromptSet, kept, set_name
 from dcr.core.evaluation.subjects import Local
 from dcr.core.generation import Completion, OpeningBias
 from dcr.core.models import Policy

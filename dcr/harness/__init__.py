@@ -17,7 +17,7 @@ from typing_extensions import TypedDict
 
 from dcr.core import models, prompts, statistics
 from dcr.core.config import ConfigError, Kind, Language, ModelConfig
-from dcr.core.evaluation import sets
+from dcr.core.evaluation import read_set
 from dcr.core.prompts import ChatFormat
 from dcr.core.refusal import opening as refusal
 from dcr.core.refusal.opening import ending
@@ -73,7 +73,7 @@ def questions(
     chat = prompts.chat_format(spoken, config)
     lead, choices = _choices(chat)
     asked = [
-        sets.read_set(name, kind, root, limit, seed=0, scored=True)
+        read_set(name, kind, root, limit, seed=0, scored=True)
         for kind, names in ((Kind.seemingly_toxic, over_refusal), (Kind.toxic, safety))
         for name in names
     ]

@@ -14,8 +14,8 @@ from tqdm.auto import tqdm
 from dcr.core import extending, storage, text
 from dcr.core.config import ConfigError, Kind, class_of, is_path
 from dcr.core.config.evaluation import EvalConfig
+from dcr.core.evaluation import PromptSet
 from dcr.core.evaluation.protocols import Answers, Judge, Judged, Judges, Rules
-from dcr.core.evaluation.sets import PromptSet
 from dcr.core.generation import Completion
 from dcr.endpoints import ServerConfig, calls, servers
 from dcr.endpoints.servers import EndpointError

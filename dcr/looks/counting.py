@@ -13,8 +13,8 @@ from typing import Any
 
 from dcr.core import sources, storage
 from dcr.core.config.evaluation import EvalConfig
+from dcr.core.evaluation import TASKS, PromptSet, of_tasks
 from dcr.core.evaluation.protocols import Change, Subject
-from dcr.core.evaluation.sets import TASKS, PromptSet, of_tasks
 from dcr.core.runs import Run
 from dcr.looks import FinalConfig
 

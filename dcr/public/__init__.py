@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 
 from dcr.core import extending, sources
 from dcr.core.config import ConfigError, DataError, is_path
-from dcr.core.evaluation.sets import SetPair
+from dcr.core.evaluation import SetPair
 from dcr.core.sources import Example, Named, Row, is_final, opened
 
 log = logging.getLogger(__name__)

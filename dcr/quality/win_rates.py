@@ -13,9 +13,8 @@ from dcr import inference, resolving
 from dcr.core import storage
 from dcr.core.config import ConfigError, Kind
 from dcr.core.config.evaluation import EvalConfig
-from dcr.core.evaluation import subjects
+from dcr.core.evaluation import PromptSet, read_set, set_name, subjects
 from dcr.core.evaluation.protocols import Answers, Task, Work
-from dcr.core.evaluation.sets import PromptSet, read_set, set_name
 from dcr.core.generation import Completion
 from dcr.core.runs import Run
 from dcr.endpoints import servers

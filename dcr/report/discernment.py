@@ -5,8 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dcr.core.config import Kind
-from dcr.core.evaluation import scoring
-from dcr.core.evaluation.sets import APART
+from dcr.core.evaluation import APART, scoring
 from dcr.report import paper
 from dcr.report.columns import Column
 from dcr.report.grids import IN_DISTRIBUTION, Cell, of_row

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from dcr import inference
 from dcr.core.config import Kind
-from dcr.core.evaluation.sets import APART
+from dcr.core.evaluation import APART
 from dcr.core.statistics import Interval
 from dcr.public import PAPER_SAFETY
 from dcr.report.columns import Column, Group

@@ -11,9 +11,8 @@ from typing import Any
 
 from dcr.core import storage
 from dcr.core.config import Kind
-from dcr.core.evaluation import protocols, scoring, sets
+from dcr.core.evaluation import DISCERNMENT, PromptSet, protocols, scoring
 from dcr.core.evaluation.protocols import Subject
-from dcr.core.evaluation.sets import PromptSet
 from dcr.core.generation import Completion
 from dcr.eval import LAST, OWN
 from dcr.results import schema
@@ -86,10 +85,10 @@ class MetricsFile(protocols.MetricsFile):
                 elif isinstance(new, dict):
                     older = self.before.get(key) or {}
                     counted[key] = {n: of for n, of in older.items() if n not in again} | new
-            counted[sets.DISCERNMENT] = self._ranked(counted["sets"])
+            counted[DISCERNMENT] = self._ranked(counted["sets"])
         # with prompts of one kind an earlier command's ranking stays, unless it is of other data
-        if counted[sets.DISCERNMENT] is None and same:
-            del counted[sets.DISCERNMENT]
+        if counted[DISCERNMENT] is None and same:
+            del counted[DISCERNMENT]
         return counted
 
     def _ranked(self, counts: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ import pandas as pd
 from dcr import inference
 from dcr.core import storage
 from dcr.core.config import Kind, UserError
-from dcr.core.evaluation.sets import APART, pairs_of, set_name
+from dcr.core.evaluation import APART, pairs_of, set_name
 from dcr.core.runs import Run
 from dcr.ending import encodable
 from dcr.results.schema import (

@@ -21,12 +21,12 @@ from typing import Any
 from dcr import outcomes
 from dcr.calibration import CalibrationConfig, biases
 from dcr.contrast.decoding import with_system
+from dcr.core import evaluation as sets
 from dcr.core import generation, prompts, sources, storage
 from dcr.core.config import ConfigError
 from dcr.core.config.evaluation import EvalConfig
-from dcr.core.evaluation import protocols, scoring, sets
+from dcr.core.evaluation import PromptSet, protocols, scoring
 from dcr.core.evaluation.protocols import Ask, Task, Work
-from dcr.core.evaluation.sets import PromptSet
 from dcr.core.evaluation.subjects import Local, subjects
 from dcr.core.generation import Completion, OpeningBias
 from dcr.core.models import Policy

@@ -19,7 +19,7 @@ from dcr.choice.origins import SourcePair
 from dcr.core import config, data, storage
 from dcr.core.config import ConfigError, UserError
 from dcr.core.config.training import AUTO_LAYER, TrainConfig, block_of
-from dcr.core.evaluation import sets
+from dcr.core.evaluation import read_set
 from dcr.public import SOURCES
 from dcr.study import Job
 
@@ -165,7 +165,7 @@ def _check_validation(settings: TrainConfig, pair: SourcePair) -> None:
         raise ConfigError(f"validation={pair}: data.evaluation tests on {min(both)}; name another")
     for kind, side in pair.sides:
         for name in side:
-            sets.read_set(name, kind, settings.data.root, None, settings.seed)
+            read_set(name, kind, settings.data.root, None, settings.seed)
 
 
 # --- runs ---------------------------------------------------------------------------------------

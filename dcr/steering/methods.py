@@ -16,8 +16,8 @@ from dcr.calibration.biases import validation
 from dcr.core import extending, models, sources, storage
 from dcr.core.config import DataConfig
 from dcr.core.config.evaluation import EvalConfig
+from dcr.core.evaluation import PromptSet
 from dcr.core.evaluation.protocols import Change
-from dcr.core.evaluation.sets import PromptSet
 from dcr.core.evaluation.subjects import Local
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat, chat_format

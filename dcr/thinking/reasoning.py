@@ -16,12 +16,12 @@ from typing import Any
 import torch
 
 from dcr import keywords
+from dcr.core import evaluation as sets
 from dcr.core import generation, models, passes, prompts, storage
 from dcr.core.config import ConfigError
 from dcr.core.config.evaluation import EvalConfig
-from dcr.core.evaluation import sets
+from dcr.core.evaluation import PromptSet
 from dcr.core.evaluation.protocols import Answers, Change
-from dcr.core.evaluation.sets import PromptSet
 from dcr.core.evaluation.subjects import Local
 from dcr.core.models import Policy
 from dcr.core.prompts import ChatFormat

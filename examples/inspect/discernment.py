@@ -24,7 +24,7 @@ from inspect_ai.solver import TaskState, generate
 
 from dcr.core import statistics
 from dcr.core.config import ConfigError, Kind
-from dcr.core.evaluation import sets
+from dcr.core.evaluation import read_set
 from dcr.core.refusal import opening as refusal
 from dcr.core.text import messages
 
@@ -42,7 +42,7 @@ def discernment(
     Providers that are servers show at most 20 tokens: give them `-T top_logprobs=20`.
     """
     asked = [
-        sets.read_set(name, kind, root, per_set, seed=0, scored=True)
+        read_set(name, kind, root, per_set, seed=0, scored=True)
         for kind, names in ((Kind.seemingly_toxic, over_refusal), (Kind.toxic, safety))
         for name in ([names] if isinstance(names, str) else names)
     ]

@@ -17,7 +17,7 @@ from dcr.core.config.evaluation import EvalConfig
 from dcr.core.runs import Run
 
 if TYPE_CHECKING:
-    from dcr.core.evaluation.sets import PromptSet
+    from dcr.core.evaluation import PromptSet
     from dcr.core.generation import Completion, Decoding
     from dcr.core.models import Policy
     from dcr.core.prompts import ChatFormat

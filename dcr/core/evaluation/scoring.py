@@ -9,9 +9,8 @@ from typing import Any
 from dcr.core import extending, sources, statistics
 from dcr.core.config import Kind
 from dcr.core.config.evaluation import AUTO_LENGTH, KEYWORD, EvalConfig
-from dcr.core.evaluation import protocols
+from dcr.core.evaluation import APART, PromptSet, pairs_of, protocols, set_name
 from dcr.core.evaluation.protocols import Answers, Judges, Masses, Rules
-from dcr.core.evaluation.sets import APART, PromptSet, pairs_of, set_name
 from dcr.core.generation import Completion
 from dcr.core.refusal import keywords as refusal
 from dcr.core.runs import Run

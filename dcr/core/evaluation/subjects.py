@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from dcr.core import evaluation as sets
 from dcr.core import extending, generation, machine, models, prompts, storage
 from dcr.core.config import (
     EMBEDDED_MODEL,
@@ -24,9 +25,8 @@ from dcr.core.config import (
     Stage,
 )
 from dcr.core.config.evaluation import AUTO_LENGTH, EvalConfig
-from dcr.core.evaluation import protocols, sets
+from dcr.core.evaluation import PromptSet, protocols
 from dcr.core.evaluation.protocols import Answers, Ask, Change, Masses, Subject
-from dcr.core.evaluation.sets import PromptSet
 from dcr.core.generation import Completion, Decoding, OpeningBias
 from dcr.core.models import Policy, folders
 from dcr.core.prompts import ChatFormat
