@@ -162,7 +162,7 @@ class KeepRefusals(TrainerCallback):
         options: dict[str, Any] = passes.placed(inner, passes.positions(mask).to(device))
         if "logits_to_keep" in inspect.signature(inner.forward).parameters:
             options["logits_to_keep"] = self.tokens
-        with structure.contiguous_head(inner):
+        with passes.contiguous_head(inner):
             output = model(
                 input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, **options
             )

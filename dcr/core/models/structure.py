@@ -86,24 +86,6 @@ def head(model: Any) -> nn.Linear:
     return layer  # pyright: ignore[reportReturnType]
 
 
-@contextmanager
-def contiguous_head(model: Any) -> Iterator[None]:
-    """Hands the head the states of some positions as one block of memory while open.
-
-    torch multiplies strided states by a copy of a frozen head for every row of the batch: gigabytes
-    for a vocabulary of 50,000, and half of the time of reading short prompts.
-    """
-    layer = unwrapped(model).get_output_embeddings()
-    if layer is None:
-        yield
-        return
-    hook = layer.register_forward_pre_hook(lambda _, given: (given[0].contiguous(),))
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
 def add_lora(
     model: Any,
     config: LoraConfig,
