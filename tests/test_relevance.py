@@ -136,6 +136,8 @@ def test_a_task_gives_shares_with_intervals_and_keeps_what_it_has_read(
     ],
 )
 def test_a_setting_that_cannot_be_is_one_line(command: Any, word: str, told: str) -> None:
-    ended = command("eval.py", "model=tiny", f"tasks=[over_refusal,{TASK}]", word)
+    ended = command(
+        "eval.py", "model=tiny", f"tasks=[over_refusal,{TASK}]", "judge=[keyword]", word
+    )
     assert ended.code == 2
     assert told in ended.error

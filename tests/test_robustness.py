@@ -304,6 +304,6 @@ def test_bars_and_marks_under_attack_are_those_of_their_run(tmp_path: Path) -> N
     ],
 )
 def test_a_setting_that_cannot_be_is_one_line(command: Any, word: str, told: str) -> None:
-    ended = command("eval.py", "model=tiny", "tasks=[robustness]", word)
+    ended = command("eval.py", "model=tiny", "tasks=[robustness]", "judge=[keyword]", word)
     assert ended.code == 2
     assert told in ended.error
