@@ -1,4 +1,4 @@
-"""What can be known wrong of a training command before any weight is opened."""
+"""Checks of a training command that need no weights: they run before any is opened."""
 
 from collections.abc import Sequence
 from dataclasses import replace

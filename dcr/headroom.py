@@ -1,4 +1,4 @@
-"""What other processes and control groups leave of this machine: threads, and prompts at once.
+"""The room that other processes and control groups leave: threads, and prompts at once.
 
 Torch gets as many threads as cores that the process may use and others leave free: a step of two
 threads where another process holds one of two cores takes many times that of one thread, since

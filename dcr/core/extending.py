@@ -29,7 +29,7 @@ def ours(path: str) -> Any:
 
 
 def part(name: str) -> Any:
-    """What an extension does for the core under this name, see `dcr.PARTS`."""
+    """The function or table that an extension hands the core under this name, see `dcr.PARTS`."""
     return ours(PARTS[name])
 
 

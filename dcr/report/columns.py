@@ -292,7 +292,7 @@ class Group:
 
 
 def shared_label(labels: Sequence[Sequence[str]]) -> tuple[str, ...]:
-    """What the labels of several seeds share, neither a seed nor a folder, and their number."""
+    """The words that labels of several seeds share, without seed and folder, and their number."""
     shared = (part for part in labels[0] if all(part in label for label in labels))
     return (*shared, f"{len(labels)} seeds")
 

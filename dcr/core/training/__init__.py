@@ -1,4 +1,4 @@
-"""What trains any stage: its batches, Lightning's trainer, and the result at the end.
+"""The parts that train any stage: its batches, Lightning's trainer, and the result at the end.
 
 `stages` has those of the paper; `resuming` holds what their modules share and makes training go on
 after a kill, and `callbacks` leaves logs.
