@@ -16,11 +16,12 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from dcr.chat_templates import CHATML
 from dcr.core.config import EMBEDDED_MODEL, TINY_MODEL, ConfigError, ModelConfig
+from dcr.core.evaluation import in_turn
 from dcr.core.models import Policy, architecture, check_tokenizer, refused_as
 from dcr.core.models.structure import seeded
-from dcr.core.storage import fingerprint, in_turn, replaced_folder
-from dcr.core.text import CHATML
+from dcr.core.storage import fingerprint, replaced_folder
 
 BYTE_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|unused|>")
 

@@ -1,5 +1,6 @@
 """Checks of a training command that need no weights: they run before any is opened."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from dcr.core import machine, models, prompts
+from dcr.core import models, prompts
 from dcr.core.config import ConfigError, LoraConfig, ModelConfig, Stage
 from dcr.core.config.training import (
     FSDP,
@@ -26,6 +27,8 @@ from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
 from dcr.resolving import check_extras
 
+PROCESSES_A_CORE = 4  # slow, but a way to try several; more is a slip of the finger
+
 
 def check_settings(settings: TrainConfig) -> None:
     """Finds, before rows are drawn, what this machine lacks and blocks that the model lacks.
@@ -35,7 +38,7 @@ def check_settings(settings: TrainConfig) -> None:
     if not settings.plan:  # which opens no weights
         check_extras(settings)
     trainer, wanted = settings.trainer, stages_of(settings)
-    machine.check_devices(trainer.accelerator, trainer.devices)
+    check_devices(trainer.accelerator, trainer.devices)
     processes = trainer.devices * trainer.num_nodes
     shared = (Stage.contrastive, "dcr", settings.dcr), (Stage.sft, "sft", settings.sft)
     for stage, name, node in shared:  # the readout's batches are not
@@ -45,6 +48,22 @@ def check_settings(settings: TrainConfig) -> None:
                 "of trainer.devices and trainer.num_nodes, of which each needs a row; give more"
             )
     check_blocks(settings.dcr, settings.sft.readout, models.facts(settings.model).depth)
+
+
+def check_devices(accelerator: str, devices: int) -> None:
+    """Raises ConfigError if this machine has fewer devices than `trainer.devices`."""
+    named = f"trainer.accelerator={accelerator} trainer.devices={devices}"
+    found, cores = torch.cuda.device_count(), os.cpu_count() or 1
+    if accelerator in ("gpu", "cuda") or (accelerator == "auto" and found):
+        if found < devices:
+            raise ConfigError(
+                f"{named}: this machine has {found} GPUs; lower trainer.devices or use "
+                "trainer.accelerator=cpu"
+            )
+    elif devices > PROCESSES_A_CORE * cores:
+        raise ConfigError(f"{named}: this machine has {cores} cores; lower trainer.devices")
+    if accelerator == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError(f"{named}: this machine has none; use trainer.accelerator=cpu")
 
 
 def check_blocks(dcr: ContrastiveConfig, readout: ReadoutConfig, depth: int) -> None:

@@ -113,7 +113,7 @@ def checked(settings: EvalConfig, run: Run) -> Sequence[Subject]:
     from dcr.core.evaluation import scoring, subjects
 
     found = subjects.subjects(settings, run)
-    machine.check_devices(settings.trainer.accelerator, settings.trainer.devices)
+    extending.part("check_devices")(settings.trainer.accelerator, settings.trainer.devices)
     if others := scoring.others(settings):
         extending.ours(settings.table.judging)().check(others, settings)
     for subject in found:

@@ -27,6 +27,7 @@ LOOK = 0.2  # seconds over which cores that others hold are counted
 CGROUPS = Path("/sys/fs/cgroup")
 SHARE = 0.8  # of the free memory; fragments and uncounted tensors take the rest
 MOST = {"cuda": 512, "cpu": 64}  # more prompts at once take longer and decode no faster
+ANY_NUMBER = "trainer.threads=<n> for another number"
 DECODING = "decoding.json"  # beside the answers
 
 
@@ -44,13 +45,27 @@ def control_groups(root: Path = CGROUPS, own: Path = Path("/proc/self/cgroup")) 
 # --- threads --------------------------------------------------------------------------------------
 
 
-def free_threads(most: int, mine: list[int]) -> tuple[int, str]:
-    """The number of threads, at most so many, for which these cores have room, and its reason."""
+def free_threads(most: int, before: int | None) -> tuple[int, str]:
+    """The number of threads, at most so many, for which the cores have room, and its reason.
+
+    A run that goes on has as many as `before`.
+    """
+    mine = cores()
+    if before:
+        return min(before, len(mine)), f"as this run began; {ANY_NUMBER}"
     held, granted = held_by_others(mine), quota(control_groups())
     why = f"of {len(mine)} cores, {held:.1f} held by others"
     if granted < len(mine):
         why += f", {granted:g} granted by the cgroup"
-    return max(1, int(min(most, granted, round(len(mine) - held)))), why
+    number = max(1, int(min(most, granted, round(len(mine) - held))))
+    return number, f"{why}; {ANY_NUMBER}"
+
+
+def cores() -> list[int]:
+    """The numbers of the cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
 
 
 def held_by_others(mine: list[int]) -> float:

@@ -11,8 +11,10 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from dcr.core.config import ConfigError
+from dcr.core import extending, sources
+from dcr.core.config import ConfigError, DataError, Kind, UserError, class_of
 from dcr.core.extending import sha256
+from dcr.core.sources import Example
 
 Part = TypeVar("Part")
 CURES = {  # by the beginning of pydantic's name for a wrong type
@@ -88,3 +90,21 @@ def with_settings(own: type[Part], given: Mapping[str, Any]) -> Part:
     except Exception as error:  # of a type that no setting has, or raised by the class
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
         raise ConfigError(f"own.{own.__name__}: cannot be made ({why}); mend the class") from error
+
+
+def own_rows(path: str, kind: Kind, pairs: bool) -> list[Example]:
+    """The rows of a user's own class, checked as those of a file. Its faults are DataErrors."""
+    source = extending.made(path, sources.Rows)
+    try:
+        given = list(enumerate(source.rows(kind), 1))
+    except UserError:
+        raise
+    except Exception as error:
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise DataError(f"{path}: {kind.value} rows cannot be read ({why})") from error
+    for number, row in given:
+        if not isinstance(row, Mapping):
+            raise DataError(f"{path}:{number}: a {type(row).__name__}, not a row with a prompt")
+    if not given:
+        raise DataError(f"{path}: gives no {kind.value} rows")
+    return sources.of_user(given, path, class_of(path), kind, pairs)

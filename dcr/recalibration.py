@@ -5,7 +5,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from dcr import entry, extensions, gating
+from dcr import chat_templates, entry, extensions, gating
 from dcr.calibration import CalibrationConfig, relations
 from dcr.core import machine, prompts, storage
 from dcr.core.config import ConfigError, Language, ModelConfig, Precision
@@ -64,8 +64,9 @@ def main(options: Options) -> None:
     else:
         policy = models.open_policy(settings.model, settings.precision)
     machine.to_gpu(policy.model, "auto")
-    named = options.language
-    settings.model.language = Language(named) if named else prompts.kept_language(policy.tokenizer)
+    named, spoken = options.language, policy.tokenizer
+    language = Language(named) if named else chat_templates.kept_language(spoken)
+    settings.model.language = language
     chat = prompts.chat_format(policy.tokenizer, settings.model)
     bias, record = biases.calibrated(policy, chat, settings)
     decoding = structure.unwrapped(policy.model).generation_config

@@ -25,10 +25,20 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from dcr import adopting, cli, continuing, ending, entry, extensions, plan, resolving
+from dcr import (
+    adopting,
+    chat_templates,
+    cli,
+    continuing,
+    ending,
+    entry,
+    extensions,
+    plan,
+    resolving,
+)
 from dcr import eval as evaluation
 from dcr.adopting import NAMES
-from dcr.core import config, data, extending, prompts, storage
+from dcr.core import config, data, extending, storage
 from dcr.core.config import STAGES, ConfigError, DataError, Method, Stage, UserError
 from dcr.core.config.evaluation import DeviceConfig
 from dcr.core.config.training import TrainConfig, stages_of
@@ -416,7 +426,7 @@ def in_fork(*works: Callable[[], object]) -> None:
             )
         if isinstance(sent, StudyError):
             raise sent
-        prompts.UNTEMPLATED.update(sent)  # so that no other child says it again
+        chat_templates.UNTEMPLATED.update(sent)  # so that no other child says it again
 
 
 class StudyError(UserError):
@@ -435,7 +445,7 @@ def _in_child(work: Callable[[], object], sending: Connection, parent: int) -> N
     try:
         with ending.faults_in_words():
             work()
-        sending.send(prompts.UNTEMPLATED)
+        sending.send(chat_templates.UNTEMPLATED)
         return
     except KeyboardInterrupt:
         fault = StudyError("stopped")

@@ -12,7 +12,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from dcr import resolving
+from dcr import chat_templates, resolving
+from dcr.chat_templates import CHATML
 from dcr.contrast import ContrastConfig
 from dcr.contrast import decoding as contrast
 from dcr.contrast.decoding import EMPHASIS, REFUSE, adapted, contrasted
@@ -20,7 +21,7 @@ from dcr.core import generation, prompts
 from dcr.core.config import ConfigError, DataError, Kind, ModelConfig
 from dcr.core.generation import Completion
 from dcr.core.models import Policy
-from dcr.core.prompts import CHATML, ChatFormat
+from dcr.core.prompts import ChatFormat
 from dcr.core.sources import Example
 from dcr.extensions import EvalSettings, GenSettings
 from tests import test_generation
@@ -273,7 +274,7 @@ DEFAULT = (
 
 @pytest.mark.parametrize(
     ("template", "own"),
-    [(DEFAULT + CHATML, "You are Nobody.\n\n"), (CHATML, ""), (prompts.PLAIN, "")],
+    [(DEFAULT + CHATML, "You are Nobody.\n\n"), (CHATML, ""), (chat_templates.PLAIN, "")],
 )
 def test_the_emphasis_stands_behind_the_own_system_prompt_of_template_or_model(
     policy: Policy, template: str, own: str

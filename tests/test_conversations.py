@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_eval import resolved
 from test_prompts import formatted, tokenizer
 
-from dcr import builtin, train
+from dcr import builtin, chat_templates, train
 from dcr import eval as eval_entry
 from dcr.core import models, prompts, sources
 from dcr.core.config import ConfigError, DataError, Kind
@@ -56,7 +56,7 @@ PROMPT = conversation(TURNS)
 # Gemma's manner towards system turns, and that of a template that forgets what came before
 REFUSING = (
     "{% if messages[0].role == 'system' %}{{ raise_exception('System role not\n supported') }}"
-    "{% endif %}" + prompts.CHATML
+    "{% endif %}" + chat_templates.CHATML
 )
 FORGETFUL = "<|im_start|>{{ messages[-1].content }}<|im_end|>{{ 'A:' if add_generation_prompt }}"
 

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
 
-from dcr import builtin, chat, export, serving
+from dcr import builtin, chat, chat_templates, export, serving
 from dcr.calibration import biases as calibration
 from dcr.core import models, prompts, storage
 from dcr.core.config import (
@@ -473,7 +473,7 @@ def test_a_base_without_template_gets_that_of_the_run(moved: Run) -> None:
     told = CONFIG | {"model": CONFIG["model"] | {"template": "plain", "system_prompt": None}}
     moved.config_file.write_text(yaml.safe_dump(told))
     out = export.export(moved, moved.folder / "out")
-    assert AutoTokenizer.from_pretrained(out).chat_template == prompts.PLAIN
+    assert AutoTokenizer.from_pretrained(out).chat_template == chat_templates.PLAIN
 
 
 def test_stage_one_can_be_exported_alone(made: Made, tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from dcr.core.losses import circle_loss
 ROOT = Path(__file__).parent.parent
 CORE = {"core", "train", "eval"}
 # files, and lines that a few mends may still add to: of the core, and of what a command opens
-CORE_SIZE = (35, 8120)
-OPENED = {"dcr.train": (25, 5700), "dcr.eval": (25, 5500)}
+CORE_SIZE = (35, 8000)
+OPENED = {"dcr.train": (25, 5500), "dcr.eval": (25, 5500)}
 
 
 def contract() -> dict[str, list[str]]:

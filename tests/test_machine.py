@@ -17,7 +17,7 @@ FOUR = [0, 1, 2, 3]
 def idle(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Four cores, idle, without OMP_NUM_THREADS, control groups or an effect on this process."""
     monkeypatch.delenv("OMP_NUM_THREADS")
-    monkeypatch.setattr(machine, "cores", lambda: FOUR)
+    monkeypatch.setattr(headroom, "cores", lambda: FOUR)
     monkeypatch.setattr(headroom, "held_by_others", lambda _: 0.0)
     monkeypatch.setattr(headroom, "control_groups", list)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)

@@ -14,7 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from dcr import builtin, terminators
+from dcr import builtin, chat_templates, terminators
 from dcr.core import models, passes, prompts
 from dcr.core.config import ConfigError, Kind, ModelConfig, Terminator
 from dcr.core.config.training import Pooling
@@ -95,9 +95,9 @@ def tokenizer(request: pytest.FixtureRequest) -> Any:
         return smollm2()
     if request.param == "llama3":
         made = llama3_base()
-        made.chat_template = "{{ bos_token }}" + prompts.LLAMA3
+        made.chat_template = "{{ bos_token }}" + chat_templates.LLAMA3
         return made
-    shipped = {"bytes": prompts.CHATML, "spaced": SPACED, "plain": prompts.PLAIN}
+    shipped = {"bytes": chat_templates.CHATML, "spaced": SPACED, "plain": chat_templates.PLAIN}
     return builtin.byte_tokenizer(shipped[request.param])
 
 

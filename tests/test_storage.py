@@ -21,6 +21,7 @@ import pytest
 from dcr import eval as evaluation
 from dcr.core import storage
 from dcr.core.config import DataError, UserError
+from dcr.core.evaluation import in_turn
 from dcr.core.generation import Completion
 from dcr.endpoints import HTTPConfig
 from dcr.extensions import EvalSettings
@@ -201,14 +202,14 @@ def test_what_is_being_written_is_left_alone(tmp_path: Path) -> None:
 
 def test_processes_take_turns_in_a_folder_and_leave_no_empty_one(tmp_path: Path) -> None:
     folder = tmp_path / "eval" / "x"
-    with storage.in_turn(folder):
+    with in_turn(folder):
         turns = os.open(folder, os.O_RDONLY)
         with pytest.raises(BlockingIOError):
             fcntl.flock(turns, fcntl.LOCK_EX | fcntl.LOCK_NB)
     fcntl.flock(turns, fcntl.LOCK_EX | fcntl.LOCK_NB)
     os.close(turns)
     assert list(tmp_path.iterdir()) == []
-    with storage.in_turn(folder):
+    with in_turn(folder):
         storage.write_text(folder / "kept", "")
     assert (folder / "kept").is_file()
 
@@ -220,7 +221,7 @@ def test_who_waits_for_a_folder_that_is_removed_meanwhile_locks_the_new_one(
     folder, held = tmp_path / "eval" / "x", list[bool]()
 
     def wait() -> None:
-        with storage.in_turn(folder):
+        with in_turn(folder):
             turns = os.open(folder, os.O_RDONLY)
             with pytest.raises(BlockingIOError):
                 fcntl.flock(turns, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -228,7 +229,7 @@ def test_who_waits_for_a_folder_that_is_removed_meanwhile_locks_the_new_one(
             held.append(True)
 
     waiting = threading.Thread(target=wait)
-    with storage.in_turn(folder):
+    with in_turn(folder):
         waiting.start()
         while "waiting for it" not in caplog.text:
             waiting.join(0.01)

@@ -15,7 +15,7 @@ from hydra import compose, initialize_config_dir
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from dcr import align, builtin, cli, outcomes, results
+from dcr import align, builtin, chat_templates, cli, outcomes, results
 from dcr import eval as eval_entry
 from dcr.calibration import biases
 from dcr.core import generation, prompts
@@ -121,7 +121,7 @@ def test_the_same_template_opens_a_thought(name: str) -> None:
 
 
 def test_a_template_without_thoughts_is_as_it_was() -> None:
-    for template in prompts.TEMPLATES.values():
+    for template in chat_templates.TEMPLATES.values():
         chat = formatted(template)
         assert chat.template == template
         assert chat.marks is None
@@ -131,7 +131,7 @@ def test_a_template_without_thoughts_is_as_it_was() -> None:
 def test_a_template_that_only_speaks_of_thoughts_is_left_alone_unless_told(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    prompts.UNTEMPLATED.clear()
+    chat_templates.UNTEMPLATED.clear()
     assert header(formatted(OLD_R1)) == ""
     assert "speaks of thoughts and begins none" in caplog.text
     assert "model.close_thoughts=true" in caplog.text
@@ -171,7 +171,7 @@ def test_users_write_no_marks() -> None:
             "No.",
         ),
         (CHANNELS, "<|channel|>analysis<|message|>Hm.", ""),
-        (prompts.PLAIN, "<think>Hm.</think>No.", "<think>Hm.</think>No."),
+        (chat_templates.PLAIN, "<think>Hm.</think>No.", "<think>Hm.</think>No."),
     ],
 )
 def test_a_thought_is_no_part_of_an_answers_text(template: str, spelled: str, answer: str) -> None:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from jaxtyping import Bool, Int
 
 from dcr.core import extending
-from dcr.core.config import ConfigError, Precision
+from dcr.core.config import Precision
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,15 +33,12 @@ else:
 
 log = logging.getLogger(__name__)
 
-
 NATIVE = {"contrastive": Precision.mixed, "sft": Precision.bf16, "evaluation": Precision.bf16}
 # CPU units that multiply bf16, by their flags, as torch spells them.
 UNITS = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512-bf16", "bf16": "ARM bf16"}
-PROCESSES_A_CORE = 4  # slow, but a way to try several; more is a slip of the finger
 OUT_OF_MEMORY = (
     *("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED"),
 )
-ANY_NUMBER = "trainer.threads=<n> for another number"
 
 
 # --- devices ------------------------------------------------------------------------------------
@@ -111,24 +108,6 @@ def _flags() -> set[str]:
         return {name for name, there in torch.cpu.get_capabilities().items() if there is True}
     asked = {"avx512_bf16": "_is_avx512_bf16_supported", "amx_bf16": "_is_amx_tile_supported"}
     return {flag for flag, name in asked.items() if getattr(torch.cpu, name, bool)()}
-
-
-def check_devices(accelerator: str, devices: int) -> None:
-    """Raises ConfigError if this machine has fewer devices than `trainer.devices`."""
-    import torch
-
-    named = f"trainer.accelerator={accelerator} trainer.devices={devices}"
-    found, cores = torch.cuda.device_count(), os.cpu_count() or 1
-    if accelerator in ("gpu", "cuda") or (accelerator == "auto" and found):
-        if found < devices:
-            raise ConfigError(
-                f"{named}: this machine has {found} GPUs; lower trainer.devices or use "
-                "trainer.accelerator=cpu"
-            )
-    elif devices > PROCESSES_A_CORE * cores:
-        raise ConfigError(f"{named}: this machine has {cores} cores; lower trainer.devices")
-    if accelerator == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError(f"{named}: this machine has none; use trainer.accelerator=cpu")
 
 
 def to_gpu(model: Any, accelerator: str = "auto") -> None:
@@ -228,18 +207,7 @@ def chosen_threads(asked: int | None, before: int | None = None) -> tuple[int, s
     most = torch.get_num_threads()
     if os.environ.get("OMP_NUM_THREADS"):
         return most, "OMP_NUM_THREADS"
-    mine = cores()
-    if before:
-        return min(before, len(mine)), f"as this run began; {ANY_NUMBER}"
-    number, why = extending.part("free_threads")(most, mine)
-    return number, f"{why}; {ANY_NUMBER}"
-
-
-def cores() -> list[int]:
-    """The numbers of the cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
+    return extending.part("free_threads")(most, before)
 
 
 # --- memory ---------------------------------------------------------------------------------------

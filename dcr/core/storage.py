@@ -64,7 +64,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
+    """Makes what the system refuses to write a UserError with the path and the cure."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -80,7 +81,7 @@ def replaced_file(path: Path) -> Iterator[BinaryIO]:
 
     Raises UserError with the path if the folder cannot be written or the disk is full.
     """
-    with _writing(path):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(path.parent, path.name)
         handle, name = tempfile.mkstemp(prefix=f"{STAGING}{path.name}.", dir=path.parent)
@@ -118,7 +119,7 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
 
     Raises UserError with the path if it cannot be written or the disk is full.
     """
-    with _writing(folder):
+    with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(folder.parent, folder.name)
         staging = Path(tempfile.mkdtemp(prefix=f"{STAGING}{folder.name}.", dir=folder.parent))
@@ -135,36 +136,6 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         finally:
             os.close(marked)
             shutil.rmtree(staging, ignore_errors=True)
-
-
-@contextmanager
-def in_turn(folder: Path) -> Iterator[None]:
-    """Waits until no other process is in this block for the folder, which is made for it.
-
-    A folder that was made and stayed empty is removed, with the parents made for it. Raises
-    UserError with the path if it cannot be made or opened.
-    """
-    with _writing(folder):
-        while True:
-            made = [place for place in (folder, *folder.parents) if not place.exists()]
-            folder.mkdir(parents=True, exist_ok=True)
-            turn = os.open(folder, os.O_RDONLY)
-            with suppress(OSError):  # a file system without locks
-                try:
-                    fcntl.flock(turn, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    log.info("%s: another process writes there; waiting for it", folder)
-                    fcntl.flock(turn, fcntl.LOCK_EX)
-            if folder.exists() and os.path.samestat(folder.stat(), os.fstat(turn)):
-                break
-            os.close(turn)  # its owner wrote nothing, and removed the folder
-    try:
-        yield
-    finally:
-        with suppress(OSError):  # something was written
-            for place in made:
-                place.rmdir()
-        os.close(turn)  # the last, so that who waits sees whether its folder is still there
 
 
 def _exchange(staging: Path, folder: Path) -> None:
@@ -192,7 +163,7 @@ def append(path: Path, data: bytes) -> None:
 
     Raises UserError with the path if it cannot be written.
     """
-    with _writing(path):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a+b", buffering=0) as file:
             size = file.seek(0, os.SEEK_END)
@@ -445,11 +416,11 @@ def locked(folder: Path) -> Iterator[Lease]:
     """
     file = folder / ".lock"
     made = [place for place in (folder, *folder.parents) if not place.exists()] or [folder]
-    with _writing(folder):
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         handle = file.open("a+", encoding="utf-8", errors="replace")
     with handle:
-        with _writing(file):  # also on a file system without locks
+        with writing(file):  # also on a file system without locks
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:

@@ -1,8 +1,7 @@
 """Text to compare, name, show and store; imports nothing else of the package.
 
 `normalise` compares prompts, `conversation` spells turns as one prompt, `Marks` stand around the
-thought before an answer, `label_of` names folders, and `CHATML` is the template of tokenizers
-without one.
+thought before an answer, and `label_of` names folders.
 """
 
 import functools
@@ -12,10 +11,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import PurePath
 
-CHATML = (  # for tokenizers without a chat template
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 CHARACTERS_PER_TOKEN = 4  # of English prose, where tokens are estimated
 ROLES = ("system", "user", "assistant")
 TURN = "\u2063"  # no eye sees it; it begins each turn of a conversation

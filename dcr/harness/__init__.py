@@ -15,6 +15,7 @@ from typing import Any
 
 from typing_extensions import TypedDict
 
+from dcr import chat_templates
 from dcr.core import models, prompts, statistics
 from dcr.core.config import ConfigError, Kind, Language, ModelConfig
 from dcr.core.evaluation import read_set
@@ -69,7 +70,7 @@ def questions(
         name=tokenizer or pretrained, revision=revision, trust_remote_code=trust_remote_code
     )
     spoken = models.open_tokenizer(config)
-    config.language = Language(language) if language else prompts.kept_language(spoken)
+    config.language = Language(language) if language else chat_templates.kept_language(spoken)
     chat = prompts.chat_format(spoken, config)
     lead, choices = _choices(chat)
     asked = [

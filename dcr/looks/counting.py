@@ -13,7 +13,7 @@ from typing import Any
 
 from dcr.core import sources, storage
 from dcr.core.config.evaluation import EvalConfig
-from dcr.core.evaluation import TASKS, PromptSet, of_tasks
+from dcr.core.evaluation import TASKS, PromptSet, in_turn, of_tasks
 from dcr.core.evaluation.protocols import Change, Subject
 from dcr.core.runs import Run
 from dcr.looks import FinalConfig
@@ -91,7 +91,7 @@ def count(
     """Adds a look to the ledger of a plan, unless the same one stands there."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     look = Look(now, _digest(plan), run, weights, sorted(tasks), dict(sizes))
-    with storage.in_turn(plan.parent):
+    with in_turn(plan.parent):
         if not any(look.repeats(before) for before in _looks(plan)):
             storage.append_lines(ledger(plan), [look])
 

@@ -5,8 +5,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from dcr.core.config.training import SFTConfig, TrainConfig
-from dcr.core.data import Splits
+from dcr.core.config import ConfigError, Kind
+from dcr.core.config.training import ReadoutConfig, SFTConfig, TrainConfig
+from dcr.core.data import Cleaning, Splits, group_of, split_by_group
 from dcr.core.data.rows import (
     NO_CLASS,
     SEEMINGLY_TOXIC,
@@ -30,6 +31,29 @@ ANSWER = 64  # tokens of an answer that may be looked at
 ANSWER_PLACES = 24  # so many of these are drawn, once; the first is looked at in any case
 HELD_OUT_ROWS = 64  # on which drift is measured
 ROUNDS = 8  # parts of the steps, at most, after each of which held-out rows are measured
+
+
+def with_pairs(rows: Splits, readout: ReadoutConfig, seed: int, cleaning: Cleaning) -> Splits:
+    """The rows with the readout's pairs; a share of topics is held out from both kinds alike."""
+    parts: dict[str, list[Example]] = {}
+    unseen = set(rows.unseen_groups)
+    safe, toxic = (
+        cleaning.clean(f"readout_{kind.value}", kind, getattr(readout, kind.value))
+        for kind in (Kind.seemingly_toxic, Kind.toxic)
+    )
+    toxic = cleaning.of_one_kind("readout_toxic", toxic, safe)
+    for kind, rows_of_kind in ((Kind.seemingly_toxic, safe), (Kind.toxic, toxic)):
+        name, names = f"readout_{kind.value}", getattr(readout, kind.value)
+        by_topic = [replace(row, group=row.category or row.group) for row in rows_of_kind]
+        kept, heldout = split_by_group(by_topic, readout.heldout, seed)
+        if not kept:
+            raise ConfigError(f"sft.readout.{kind.value}: no row is left of {', '.join(names)}")
+        parts |= {name: kept, f"{name}_heldout": heldout}
+        learnt = {row.id for row in kept}
+        unseen -= {group_of(row) for row in rows_of_kind if row.id in learnt}
+    evaluated = cleaning.holding((*readout.seemingly_toxic, *readout.toxic))
+    in_distribution = sorted({*rows.in_distribution, *evaluated})
+    return replace(rows, **parts, in_distribution=in_distribution, unseen_groups=sorted(unseen))
 
 
 @dataclass(frozen=True)

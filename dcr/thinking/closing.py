@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dcr.core import prompts
+from dcr.chat_templates import UNTEMPLATED
 from dcr.core.config import ModelConfig
 from dcr.core.prompts import ANSWER, PLACEHOLDER, SWITCHES, ChatFormat, given
 from dcr.core.text import Marks
@@ -26,8 +26,8 @@ def ending_thoughts(chat: ChatFormat, config: ModelConfig) -> str:
     """
     assert chat.marks is not None
     template, known = closed(chat.template, chat.marks, chat.render, bool(config.close_thoughts))
-    if not known and config.name not in prompts.UNTEMPLATED:
-        prompts.UNTEMPLATED.add(config.name)
+    if not known and config.name not in UNTEMPLATED:
+        UNTEMPLATED.add(config.name)
         log.warning(
             "model.name=%s: its chat template speaks of thoughts and begins none: if this model "
             "thinks by itself, model.close_thoughts=true ends prompts behind an empty thought",

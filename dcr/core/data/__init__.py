@@ -224,7 +224,7 @@ def rows_of(settings: TrainConfig) -> Splits:
     if settings.sft.readout.steps:
         rows = with_readout(rows, settings.sft.readout, settings.seed, cleaning)
     # stage one alone holds groups out; another stage may have learnt them
-    learnt = {_group(row) for row in (*rows.refusals, *rows.augmented)}
+    learnt = {group_of(row) for row in (*rows.refusals, *rows.augmented)}
     unseen = [group for group in rows.unseen_groups if group not in learnt]
     return replace(rows, dropped=dict(cleaning.dropped), fewer=cleaning.fewer, unseen_groups=unseen)
 
@@ -274,31 +274,13 @@ def _with_stage_one(rows: Splits, ratio: float | None, cleaning: Cleaning) -> Sp
         toxic=toxic,
         seemingly_toxic_heldout=heldout[0][:HELD_OUT_PAIRS],
         toxic_heldout=heldout[1][:HELD_OUT_PAIRS],
-        unseen_groups=sorted({_group(row) for part in unseen for row in part}),
+        unseen_groups=sorted({group_of(row) for part in unseen for row in part}),
     )
 
 
 def with_readout(rows: Splits, readout: ReadoutConfig, seed: int, cleaning: Cleaning) -> Splits:
-    """The readout's pairs, of which a share of the topics is held out from both kinds alike."""
-    parts: dict[str, list[Example]] = {}
-    unseen = set(rows.unseen_groups)
-    safe, toxic = (
-        cleaning.clean(f"readout_{kind.value}", kind, getattr(readout, kind.value))
-        for kind in (Kind.seemingly_toxic, Kind.toxic)
-    )
-    toxic = cleaning.of_one_kind("readout_toxic", toxic, safe)
-    for kind, rows_of_kind in ((Kind.seemingly_toxic, safe), (Kind.toxic, toxic)):
-        name, names = f"readout_{kind.value}", getattr(readout, kind.value)
-        by_topic = [replace(row, group=row.category or row.group) for row in rows_of_kind]
-        kept, heldout = split_by_group(by_topic, readout.heldout, seed)
-        if not kept:
-            raise ConfigError(f"sft.readout.{kind.value}: no row is left of {', '.join(names)}")
-        parts |= {name: kept, f"{name}_heldout": heldout}
-        learnt = {row.id for row in kept}
-        unseen -= {_group(row) for row in rows_of_kind if row.id in learnt}
-    evaluated = cleaning.holding((*readout.seemingly_toxic, *readout.toxic))
-    in_distribution = sorted({*rows.in_distribution, *evaluated})
-    return replace(rows, **parts, in_distribution=in_distribution, unseen_groups=sorted(unseen))
+    """The rows with the readout's pairs, of which a share of the topics is held out."""
+    return extending.part("readout_pairs")(rows, readout, seed, cleaning)
 
 
 def split_by_group(
@@ -319,7 +301,7 @@ def split_by_group(
     return train, heldout
 
 
-def _group(row: Example) -> str:
+def group_of(row: Example) -> str:
     return row.group or row.id
 
 

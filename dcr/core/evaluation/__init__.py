@@ -6,7 +6,11 @@ by the refusal mass of the first answer token. `protocols` says what an extensio
 subject, a change of its answers, a task, judges. `dcr.eval` has the order of it all.
 """
 
+import fcntl
+import logging
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -17,6 +21,8 @@ from dcr.core import extending, sources, storage
 from dcr.core.config import ConfigError, DataConfig, Kind, class_of, is_path
 from dcr.core.sources import Example
 from dcr.core.text import label_of
+
+log = logging.getLogger(__name__)
 
 # Shown on their own and never averaged or pooled with the others: a set whose prompts another set
 # holds too, and one whose prompts a model may well refuse.
@@ -125,9 +131,39 @@ def kept(
     check_names(prompt_sets)
     if any(len(_of_rows(folder, b, schema)) < len(b.rows) for b in prompt_sets):
         # two commands may need the same answers of a run, such as the reference of a calibration
-        with storage.in_turn(folder):
+        with in_turn(folder):
             _ask(prompt_sets, ask, folder, schema, doing, progress)
     return {b.name: _of_rows(folder, b, schema) for b in prompt_sets}
+
+
+@contextmanager
+def in_turn(folder: Path) -> Iterator[None]:
+    """Waits until no other process is in this block for the folder, which is made for it.
+
+    A folder that was made and stayed empty is removed, with the parents made for it. Raises
+    UserError with the path if it cannot be made or opened.
+    """
+    with storage.writing(folder):
+        while True:
+            made = [place for place in (folder, *folder.parents) if not place.exists()]
+            folder.mkdir(parents=True, exist_ok=True)
+            turn = os.open(folder, os.O_RDONLY)
+            with suppress(OSError):  # a file system without locks
+                try:
+                    fcntl.flock(turn, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    log.info("%s: another process writes there; waiting for it", folder)
+                    fcntl.flock(turn, fcntl.LOCK_EX)
+            if folder.exists() and os.path.samestat(folder.stat(), os.fstat(turn)):
+                break
+            os.close(turn)  # its owner wrote nothing, and removed the folder
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # something was written
+            for place in made:
+                place.rmdir()
+        os.close(turn)  # the last, so that who waits sees whether its folder is still there
 
 
 def _ask(

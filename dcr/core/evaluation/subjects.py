@@ -148,7 +148,7 @@ class Local(Subject):
 
     def identity(self) -> dict[str, object]:
         model, settings = self.settings.model, self.settings
-        template = prompts.written_template(model.template) or model.template
+        template = extending.part("written_template")(model.template) or model.template
         identity: dict[str, object] = {
             "weights": self._content,
             "chat": [model.system_prompt, template, *_further(model)],

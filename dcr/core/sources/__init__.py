@@ -118,7 +118,8 @@ def _read(name: str, root: str | None, kind: Kind | None, pairs: bool, key: str)
     if own or name.endswith(".jsonl") or "/" in name or os.sep in name:
         if kind is None:
             raise ConfigError(f"{name}: say what its prompts are: toxic, seemingly_toxic or normal")
-        return (_read_own if own else read_jsonl)(name, kind, pairs=pairs)
+        reader = extending.part("own_rows") if own else read_jsonl
+        return reader(name, kind, pairs=pairs)
     if (source := named().get(name)) is None:
         near = difflib.get_close_matches(name, named(), n=3, cutoff=0)
         raise ConfigError(
@@ -146,7 +147,7 @@ def read_jsonl(path: str, kind: Kind, *, pairs: bool = False) -> list[Example]:
     """
     stem = os.path.splitext(os.path.basename(path))[0]
     with closing(opened(path)) as stream:
-        return _of_user(rows(stream, path), path, stem, kind, pairs)
+        return of_user(rows(stream, path), path, stem, kind, pairs)
 
 
 def opened(path: str, cure: str = "; check the path") -> IO[bytes]:
@@ -176,27 +177,10 @@ def origin(name: str) -> dict[str, Any] | None:
     return extending.origin(extending.made(name, Rows)) if is_path(name) else None
 
 
-def _read_own(path: str, kind: Kind, pairs: bool) -> list[Example]:
-    """The rows of a user's own class, checked as those of a file. Its faults are DataErrors."""
-    source = extending.made(path, Rows)
-    try:
-        given = list(enumerate(source.rows(kind), 1))
-    except UserError:
-        raise
-    except Exception as error:
-        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise DataError(f"{path}: {kind.value} rows cannot be read ({why})") from error
-    for number, row in given:
-        if not isinstance(row, Mapping):
-            raise DataError(f"{path}:{number}: a {type(row).__name__}, not a row with a prompt")
-    if not given:
-        raise DataError(f"{path}: gives no {kind.value} rows")
-    return _of_user(given, path, class_of(path), kind, pairs)
-
-
-def _of_user(
+def of_user(
     rows: Iterable[tuple[int, Row]], path: str, stem: str, kind: Kind, pairs: bool
 ) -> list[Example]:
+    """Numbered rows of a user's file or class as examples. DataError at the first fault."""
     examples: list[Example] = []
     lines: dict[str, int] = {}
     for line, row in rows:
