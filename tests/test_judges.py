@@ -325,7 +325,7 @@ def test_faults_are_counted_apart_and_only_the_unanswered_are_asked_again(
         labels = {name: v.compliance for name, v in first.items() if v.compliance}
         assert labels == {"x": "complied", "y": "refused"}
         assert all(v.raw for v in first.values())
-        block = judges.counts(list(first.values()), "judge-1", COMPLIANCE)
+        block = judges.counts(list(first.values()), COMPLIANCE, {"model": "judge-1"})
         counted = ("n", "complied", "partial", "refused", "invalid", "error")
         assert [block[key] for key in counted] == [18, 1, 0, 1, 11, 5]
         before = len(server.requests)
@@ -412,7 +412,7 @@ def test_moderation_sees_the_response_alone(serve: Serve, tmp_path: Path) -> Non
     assert [v.safety for v in found] == ["safe", "unsafe", "safe"]
     assert [v.raw for v in found] == ["", "violence", "empty"]
     assert sorted(texts(server)) == ["answer a", "zebra"]  # nothing to see, nothing to ask
-    assert judges.counts(found, "moderation-latest", SAFETY) == {
+    assert judges.counts(found, SAFETY, {"model": "moderation-latest"}) == {
         "model": "scripted-moderation",
         "n": 3,
         "safe": 2,
@@ -439,7 +439,7 @@ def test_counts_of_a_judge_that_says_both() -> None:
         Verdict("c", "3", "ok", "complied", None),
         Verdict("d", "4", "invalid"),
     ]
-    assert judges.counts(found, "w", COMPLIANCE + SAFETY) == {
+    assert judges.counts(found, COMPLIANCE + SAFETY, {"model": "w"}) == {
         "model": "w",
         "n": 4,
         "complied": 2,

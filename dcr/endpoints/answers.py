@@ -122,13 +122,9 @@ def _count(value: JSON) -> int:
 
 def _text(content: JSON) -> str | None:
     """The text of a message, which some servers send in parts."""
-    if isinstance(content, str):
-        return content
-    if isinstance(content, list):
-        parts = [_field(part, "text") for part in content]
-        texts = [part for part in parts if isinstance(part, str)]
-        return "".join(texts) if texts else None
-    return None
+    parts = content if isinstance(content, list) else [{"text": content}]
+    texts = [text for part in parts if isinstance(text := _field(part, "text"), str)]
+    return "".join(texts) if texts else None
 
 
 def _top(choice: JSON) -> tuple[Mapping[str, float], ...] | None:

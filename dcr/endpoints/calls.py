@@ -11,7 +11,7 @@ the iterator can so end requests midway, and callers may run an event loop thems
 import asyncio
 import json
 import logging
-from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from functools import partial
@@ -196,13 +196,14 @@ async def _answer(
     return Failure("invalid", servers.redacted(f"the answer is not JSON: {start!r}", server))
 
 
-def put_in_order(file: Path, schema: type[Any], ids: Sequence[str]) -> None:
-    """Orders kept rows, whichever came first, by their `id` as `ids`, others behind as they were.
+def put_in_order(folder: Path, schema: type[Any], asked: Mapping[str, Sequence[Any]]) -> None:
+    """Orders each set's kept rows, whichever came first, as those asked; others stay behind.
 
     Raises DataError for a damaged file, and UserError if it cannot be written.
     """
-    place = {identity: number for number, identity in enumerate(ids)}
-    stored = storage.read_lines(file, schema)
-    ordered = sorted(stored, key=lambda row: place.get(row.id, len(place)))
-    if ordered != stored:
-        storage.write_bytes(file, storage.as_lines(ordered))
+    for name, rows in asked.items():
+        place, file = {row.id: n for n, row in enumerate(rows)}, folder / f"{name}.jsonl"
+        stored = storage.read_lines(file, schema)
+        ordered = sorted(stored, key=lambda row: place.get(row.id, len(place)))
+        if ordered != stored:
+            storage.write_bytes(file, storage.as_lines(ordered))

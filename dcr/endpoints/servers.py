@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import urlsplit
 
 from dcr.core.config import ConfigError, UserError, check_installed
@@ -17,15 +17,6 @@ NO_KEY = "none"  # sent if the variable is unset: local servers want a header, n
 LONGEST_TEXT = 240  # characters of a server's own words that a message quotes
 OURS = {"model", "messages", "input", "stream", "stream_options"}  # the program sets these
 SECRET = {"api_key", "key", "authorization", "headers", "extra_headers"}
-# The node `endpoint` is spread over EvalConfig's top level; every other node holds its settings.
-SPELLINGS = {
-    "endpoint": {
-        "url": "endpoint",
-        "model": "endpoint_model",
-        "key": "endpoint_key",
-        "parameters": "endpoint_parameters",
-    }
-}
 
 
 class EndpointError(UserError):
@@ -34,7 +25,9 @@ class EndpointError(UserError):
 
 def setting(node: str, field: str) -> str:
     """The override that names `field` of the server configured at `node`."""
-    return SPELLINGS.get(node, {}).get(field, f"{node}.{field}")
+    if node == "endpoint":  # it is spread over EvalConfig's top level
+        return node if field == "url" else f"{node}_{field}"
+    return f"{node}.{field}"
 
 
 def address(server: ServerConfig) -> str:
@@ -150,23 +143,11 @@ def spend(server: ServerConfig, prompt_tokens: int, completion_tokens: int) -> f
     return cost / 1_000_000
 
 
-class Counted(Protocol):
-    """The record of one request: the fingerprint `of` its content, and its tokens."""
-
-    @property
-    def of(self) -> str: ...
-
-    @property
-    def prompt_tokens(self) -> int: ...
-
-    @property
-    def completion_tokens(self) -> int: ...
-
-
-def usage(records: Iterable[Counted], server: ServerConfig | None) -> dict[str, Any]:
+def usage(records: Iterable[Any], server: ServerConfig | None) -> dict[str, Any]:
     """A `usage` of `metrics.json`: the cost of these requests, in this run or an earlier one.
 
-    Several records of one request count once. `usd` is None without a server or its prices.
+    A record has its tokens and the fingerprint `of` its content; several of one request count once.
+    `usd` is None without a server or its prices.
     """
     once = {record.of: record for record in records}.values()
     prompt = sum(record.prompt_tokens for record in once)

@@ -69,7 +69,7 @@ class Served(Subject):
 
         progress = settings.trainer.progress
         given = kept(asked, ask, folder, Completion, "generating", progress)
-        _put_in_order(asked, folder, Completion)
+        calls.put_in_order(folder, Completion, {of.name: of.rows for of in asked})
         return given
 
     def masses(self, asked: Sequence[PromptSet], folder: Path) -> tuple[Masses, Masses]:
@@ -92,7 +92,7 @@ class Served(Subject):
 
         place, progress = folder / "openings", settings.trainer.progress
         by_set = kept(asked, ask, place, ShownOpening, "reading", progress)
-        _put_in_order(asked, place, ShownOpening)
+        calls.put_in_order(place, ShownOpening, {of.name: of.rows for of in asked})
         check_answered(asked, by_set)
         least = {name: {row.id: row.mass for row in rows} for name, rows in by_set.items()}
         return least, {name: {row.id: row.most for row in rows} for name, rows in by_set.items()}
@@ -111,21 +111,15 @@ class Unanswered(UserError):
 
 def check_answered(asked: Sequence[PromptSet], given: Mapping[str, Sequence[OfPrompt]]) -> None:
     """Warns of sets that lack answers, as when a server failed; raises Unanswered if all do."""
-    lacking = {b.name: (len(b.rows) - len(given[b.name]), len(b.rows)) for b in asked}
-    missing, total = (sum(counts[i] for counts in lacking.values()) for i in (0, 1))
-    if total and missing == total:
+    total = sum(len(of.rows) for of in asked)
+    if total and not any(given[of.name] for of in asked):
         raise Unanswered(
             f"none of {total} prompts was answered, so there is nothing to count; the log "
             "above says why: mend that and give the same command again"
         )
-    for name, (without, of) in lacking.items():
-        if without:
-            log.warning("%s: %d of %d prompts without an answer", name, without, of)
-
-
-def _put_in_order(asked: Sequence[PromptSet], folder: Path, schema: type[OfPrompt]) -> None:
     for of in asked:
-        calls.put_in_order(folder / f"{of.name}.jsonl", schema, [row.id for row in of.rows])
+        if without := len(of.rows) - len(given[of.name]):
+            log.warning("%s: %d of %d prompts without an answer", of.name, without, len(of.rows))
 
 
 def server_of(settings: Any) -> ServerConfig:

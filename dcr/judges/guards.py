@@ -37,6 +37,7 @@ HARM = {"yes": "unsafe", "no": "safe"}
 NEW_TOKENS = {LLAMA_GUARD: 20, WILDGUARD: 32}
 
 Content = Callable[[str], Any]  # what a chat template takes as a message's content
+Asked = Callable[[str, str], str]  # from a prompt and its response to the guard's own prompt
 
 
 @dataclass(frozen=True)
@@ -56,25 +57,21 @@ def llama_guard(
 ) -> Verdicts:
     """Llama Guard's verdicts on the assistant's turn, in finished batches, longest first.
 
-    The guard's own chat template holds prompt and response, with control tokens in either made
-    plain text; decoding is greedy. `p_unsafe` is the probability of the tokens that begin the word
-    `unsafe`, at the first token that is not white space (Llama Guard 3 writes two newlines before
-    it). It is over the whole vocabulary and not renormalised over the two verdicts.
+    The guard's own chat template holds prompt and response; decoding is greedy. `p_unsafe` is the
+    probability of the tokens that begin the word `unsafe`, at the first token that is not white
+    space (Llama Guard 3 writes two newlines before it). It is over the whole vocabulary and not
+    renormalised over the two verdicts.
 
     Raises ConfigError if the model cannot be opened, and DataError for an answer longer than its
     context.
     """
-    if not answers:
-        return
-    guard = opened(settings, LLAMA_GUARD, accelerator)
-    form = content_form(guard.policy.tokenizer, f"{LLAMA_GUARD}.model={settings.model}")
 
-    def asked(answer: Completion) -> str:
-        said = transcript(answer.prompt), answer.response
-        prompt, response = map(guard.chat.neutralised, said)
-        return conversation(guard.policy.tokenizer, form, prompt, response)
+    def asking(guard: Guard) -> Asked:
+        tokenizer = guard.policy.tokenizer
+        form = content_form(tokenizer, f"{LLAMA_GUARD}.model={settings.model}")
+        return functools.partial(conversation, tokenizer, form)
 
-    for batch in judged_in_batches(guard, settings, LLAMA_GUARD, answers, asked):
+    for batch in judged_in_batches(settings, LLAMA_GUARD, accelerator, answers, asking):
         yield [_labelled(verdict, None, harm_of(verdict.raw)) for verdict in batch]
 
 
@@ -97,19 +94,15 @@ def wildguard(
 
     Only `raw` holds its third answer, on harm of the request. Raises as `llama_guard` does.
     """
-    if not answers:
-        return
-    guard, template = opened(settings, WILDGUARD, accelerator), wording(settings)
+    template = wording(settings)
 
-    def asked(answer: Completion) -> str:
-        said = transcript(answer.prompt), answer.response
-        prompt, response = map(guard.chat.neutralised, said)
+    def asked(prompt: str, response: str) -> str:
         for mark in MARKS:
             plain = mark[0] + ZERO_WIDTH_SPACE + mark[1:]
             prompt, response = prompt.replace(mark, plain), response.replace(mark, plain)
         return verdicts.filled(template, prompt=prompt, response=response)
 
-    for batch in judged_in_batches(guard, settings, WILDGUARD, answers, asked):
+    for batch in judged_in_batches(settings, WILDGUARD, accelerator, answers, lambda _: asked):
         yield [_labelled(replace(v, p_unsafe=None), *labels_of(v.raw)) for v in batch]
 
 
@@ -268,19 +261,27 @@ def is_space(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
 
 
 def judged_in_batches(
-    guard: Guard,
     settings: GuardConfig,
     node: str,
+    accelerator: str,
     answers: Sequence[Completion],
-    asked: Callable[[Completion], str],
+    asking: Callable[[Guard], Asked],
 ) -> Verdicts:
-    """The guard's texts on each answer, whose prompt `asked` writes, as verdicts without labels.
+    """The guard's texts on each answer, whose prompt `asking` writes, as verdicts without labels.
 
-    The longest come first, so that running out of memory happens at once; the batch is then halved.
-    Raises DataError for an answer that is longer than the guard's context.
+    Control tokens in prompt and response are made plain text before. The longest come first, so
+    that running out of memory happens at once; the batch is then halved. Raises DataError for an
+    answer that is longer than the guard's context.
     """
-    tokenizer = guard.policy.tokenizer
-    waiting = [(a, tokenizer.encode(asked(a), add_special_tokens=False)) for a in answers]
+    if not answers:
+        return
+    guard = opened(settings, node, accelerator)
+    tokenizer, asked, waiting = guard.policy.tokenizer, asking(guard), []
+    for answer in answers:
+        prompt, response = map(guard.chat.neutralised, (transcript(answer.prompt), answer.response))
+        waiting.append(
+            (answer, tokenizer.encode(asked(prompt, response), add_special_tokens=False))
+        )
     waiting.sort(key=lambda pair: (-len(pair[1]), pair[0].id))
     context = structure.context_length(guard.policy.model.config)
     if (longest := len(waiting[0][1])) + NEW_TOKENS[node] > context:

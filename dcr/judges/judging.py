@@ -31,7 +31,6 @@ from dcr.judges.verdicts import (
     counts,
     outcome_counts,
     outcomes,
-    own_counts,
     usage,
 )
 from dcr.outcomes import Outcome, version
@@ -144,12 +143,12 @@ class JudgeTable(Judges):
             verdicts = judge(name, settings, asked, folder, settings.trainer.progress)
             said[told] = verdicts
             node = node_of(name, settings)
-            made = {"model": name, "own": judging.identity(settings)} if is_path(name) else {}
             for of, rows in verdicts.items():
                 if node:
-                    counted[of][told] = counts(rows, node.model, judging.labels)
-                elif made:
-                    counted[of][told] = made | own_counts(rows, judging.labels)
+                    counted[of][told] = counts(rows, judging.labels, {"model": node.model})
+                elif is_path(name):
+                    made = {"model": name, "own": judging.identity(settings)}
+                    counted[of][told] = counts(rows, judging.labels, made)
                 else:
                     counted[of][told] = outcome_counts(rows)
             if node:
@@ -203,9 +202,7 @@ def judge(
         new = _asked(name, judging, settings, waiting, keep, progress)
         by_answer |= {verdict.of: verdict for verdict in new}
         if judging.characters:  # a server, whose answers come in any order
-            for set_name, rows in answers.items():
-                file = place / f"{set_name}.jsonl"
-                calls.put_in_order(file, Verdict, [answer.id for answer in rows])
+            calls.put_in_order(place, Verdict, answers)
     asked = [by_answer[content] for content in homes if by_answer[content].asked]
     if asked and not any(verdict.settled for verdict in asked):
         raise EndpointError(

@@ -72,38 +72,28 @@ def by_keywords(answers: Sequence[Completion], outcome: Callable[[str], str]) ->
     return [Verdict.on(a, compliance=outcome(a.response), asked=False) for a in answers]
 
 
-def counts(verdicts: Sequence[Verdict], model: str, labels: Sequence[str]) -> dict[str, Any]:
+def counts(
+    verdicts: Sequence[Verdict], labels: Sequence[str], made: Mapping[str, Any]
+) -> dict[str, Any]:
     """The block `sets.<name>.judged.<judge>` of `metrics.json` for a judge that gives `labels`.
 
-    If the server names the model that answered, that name replaces `model`: an alias such as
-    omni-moderation-latest stands for different models over time.
+    `made` tells of the judge. If the server names the model that answered, that name replaces its
+    `model`: an alias such as omni-moderation-latest stands for different models over time. Labels
+    that only a user's own judge gives stand under `labels`.
     """
     answered = sorted({v.model for v in verdicts if v.model})
+    ok = [verdict for verdict in verdicts if verdict.status == "ok"]
+    said = Counter(label for verdict in ok for label in (verdict.compliance, verdict.safety))
+    shared = [of for family in (COMPLIANCE, SAFETY) if {*family} & {*labels} for of in family]
+    own = {of: sum(verdict.raw == of for verdict in ok) for of in labels if of not in shared}
     return {
-        "model": ", ".join(answered) or model,
-        "n": len(verdicts),
-        **{
-            label: sum(v.status == "ok" and label in (v.compliance, v.safety) for v in verdicts)
-            for label in labels
-        },
-        "invalid": sum(v.status == "invalid" for v in verdicts),
-        "error": sum(v.status == "error" for v in verdicts),
-    }
-
-
-def own_counts(verdicts: Sequence[Verdict], labels: Sequence[str]) -> dict[str, Any]:
-    """The same of a user's own judge: labels that no other judge gives stand under `labels`."""
-    said = Counter(verdict.raw for verdict in verdicts if verdict.status == "ok")
-    others = [label for label in labels if label not in (*COMPLIANCE, *SAFETY)]
-    shared = [
-        label for family in (COMPLIANCE, SAFETY) if set(family) & {*labels} for label in family
-    ]
-    return {
+        **made,
+        **({"model": ", ".join(answered)} if answered else {}),
         "n": len(verdicts),
         **{label: said[label] for label in shared},
-        **({"labels": {label: said[label] for label in others}} if others else {}),
+        **({"labels": own} if own else {}),
         "invalid": sum(verdict.status == "invalid" for verdict in verdicts),
-        "error": 0,
+        "error": sum(verdict.status == "error" for verdict in verdicts),
     }
 
 
