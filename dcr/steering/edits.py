@@ -72,7 +72,9 @@ def edited(model: Any, edits: Edits | Plan) -> Iterator[None]:
         session.opened = backbone.register_forward_pre_hook(session, with_kwargs=True)
         yield
     finally:
-        session.close()
+        session.uninstall()
+        if session.opened is not None:
+            session.opened.remove()
 
 
 @dataclass(eq=False)
@@ -135,20 +137,12 @@ class _Session:
                 self.per_row = True
             elif edit.scale == 0:
                 continue
-            change = functools.partial(self._changed, _placed(self.model, edit))
+            change = functools.partial(_applied, self, _placed(self.model, edit))
             self.handles.append(hook(self.model, edit.site, edit.block, change))
-
-    def _changed(self, edit: Edit, hidden: Tensor) -> Tensor:
-        return _applied(edit, hidden, self.prefill)
 
     def uninstall(self) -> None:
         while self.handles:
             self.handles.pop().remove()
-
-    def close(self) -> None:
-        self.uninstall()
-        if self.opened is not None:
-            self.opened.remove()
 
 
 def _filled(arguments: dict[str, Any]) -> bool:
@@ -174,14 +168,13 @@ def _placed(model: Any, edit: Edit) -> Edit:
 
 
 def _applied(
-    edit: Edit, hidden: Float[Tensor, "batch length width"], prefill: bool
+    session: _Session, edit: Edit, hidden: Float[Tensor, "batch length width"]
 ) -> Float[Tensor, "batch length width"]:
-    if edit.once and not prefill:
+    if edit.once and not session.prefill:
         return hidden
     for given in (edit.scale, edit.start):
         if isinstance(given, Tensor) and len(given) != len(hidden):
             raise ValueError(f"an edit of {len(given)} rows met a batch of {len(hidden)}")
-    by_row = isinstance(edit.scale, Tensor)
     factor: Any = edit.scale[:, None, None] if isinstance(edit.scale, Tensor) else edit.scale
     wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
     new = wide
@@ -190,9 +183,9 @@ def _applied(
     if edit.add is not None:
         new = new + factor * edit.add
     new = new.to(hidden.dtype)
-    if by_row:
+    if isinstance(edit.scale, Tensor):
         new = torch.where(factor == 0, hidden, new)
-    if prefill and edit.start is not None:
+    if session.prefill and edit.start is not None:
         places = torch.arange(hidden.shape[1], device=hidden.device)
         new = torch.where((places >= edit.start[:, None])[..., None], new, hidden)
     return new

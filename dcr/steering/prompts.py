@@ -28,32 +28,25 @@ RELEASED = {
 }
 
 
-@dataclass(frozen=True)
-class PromptCounts:
-    """The number of prompts of each kind that a method needs, and the key to lower."""
+def needed(settings: SteeringConfig) -> tuple[Counter[str], str]:
+    """How many prompts of each kind `settings.method` needs, and the key to lower.
 
-    toxic: int = 0
-    seemingly_toxic: int = 0
-    normal: int = 0
-    key: str = ""
-
-
-def needed(settings: SteeringConfig) -> PromptCounts:
-    """The counts of `settings.method`; SCANS needs twice the anchors to calibrate its threshold."""
+    SCANS needs twice the anchors to calibrate its threshold.
+    """
     train, validation = settings.surgical.train, settings.surgical.validation
     if settings.method == "scans":
         anchors = settings.scans.anchors * (2 if settings.scans.threshold is None else 1)
         key = f"steering.scans.anchors={settings.scans.anchors}"
-        return PromptCounts(anchors, 0, anchors, key)
+        return Counter(toxic=anchors, normal=anchors), key
     if settings.method == "surgical":
         key = f"steering.surgical.train={train} with steering.surgical.validation={validation}"
-        return PromptCounts(*[train + validation] * 3, key=key)
+        return Counter(dict.fromkeys(KINDS, train + validation)), key
     if settings.method == "ablation":
-        return PromptCounts(train, 0, train, f"steering.surgical.train={train}")
+        return Counter(toxic=train, normal=train), f"steering.surgical.train={train}"
     if settings.method == "probe":
         train = settings.probe.train
-        return PromptCounts(train, train, 0, f"steering.probe.train={train}")
-    return PromptCounts()
+        return Counter(toxic=train, seemingly_toxic=train), f"steering.probe.train={train}"
+    return Counter(), ""
 
 
 @dataclass(frozen=True)
@@ -80,7 +73,7 @@ def extraction(data: DataConfig, settings: SteeringConfig, seed: int) -> Extract
 
     Raises ConfigError if a kind has too few prompts, and whatever `sources.read` raises.
     """
-    need, evaluated = needed(settings), evaluation_prompts(data)
+    (need, key), evaluated = needed(settings), evaluation_prompts(data)
     clean: dict[str, list[Example]] = {}
     dropped: Counter[str] = Counter()
     for kind in KINDS:
@@ -90,24 +83,21 @@ def extraction(data: DataConfig, settings: SteeringConfig, seed: int) -> Extract
     named, drawn = data.extraction, clean
     if settings.released_data and settings.method in RELEASED:
         named = RELEASED[settings.method]
-        drawn = {
-            kind: _drawn(kind, named, data.root, seed) if getattr(need, kind) else []
-            for kind in KINDS
-        }
+        drawn = {k: _drawn(k, named, data.root, seed) if need[k] else [] for k in KINDS}
         dropped.clear()
     for kind, rows in drawn.items():
-        if len(rows) < getattr(need, kind):
+        if len(rows) < need[kind]:
             cure = f"name more in data.extraction.{kind}"
             if named is not data.extraction:
                 cure = "leave steering.released_data out"
             count = sum(n for why, n in dropped.items() if why.startswith(f"{kind}:"))
             more = f" ({count} more stand in evaluation sets)" if count else ""
             raise ConfigError(
-                f"{need.key} asks for {getattr(need, kind)} {kind} prompts: "
+                f"{key} asks for {need[kind]} {kind} prompts: "
                 f"{', '.join(getattr(named, kind)) or 'no source'} has {len(rows)}{more}; "
                 f"lower it, or {cure}"
             )
-    chosen = {kind: rows[: getattr(need, kind)] for kind, rows in drawn.items()}
+    chosen = {kind: rows[: need[kind]] for kind, rows in drawn.items()}
     used = [row for rows in chosen.values() for row in rows]
     leaked = overlaps([row.prompt for row in used], evaluated, near=data.near_duplicate)
     return Extraction(

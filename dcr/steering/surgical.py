@@ -15,7 +15,7 @@ validation set; here one relative depth serves all models.
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -76,15 +76,9 @@ class Selected:
 
     def record(self, names: Sequence[str]) -> dict[str, Any]:
         """The choice as JSON; `position` counts from the prompt's end (-1: last token)."""
-        return {
-            "block": self.block,
-            "position": self.place - len(names),
-            "token": names[self.place],
-            "score": self.score,
-            "kl": self.kl,
-            "candidates": self.candidates,
-            "survivors": self.survivors,
-        }
+        chosen = asdict(self)
+        place = chosen.pop("place")
+        return chosen | {"position": place - len(names), "token": names[place]}
 
 
 def find(
