@@ -22,10 +22,8 @@ if TYPE_CHECKING:
 TASK_OF_KIND = {Kind.seemingly_toxic.value: "over_refusal", Kind.toxic.value: "safety"}
 SHOWN = 200  # completions of a set that a table holds
 ASKED = ("set", "kind", "id", "prompt", "response", "refusal_mass")  # first columns of that table
-TIMES = ("seconds", "tokens_per_second", "peak_memory_gib")
+
 AXES = ("dcr.epochs", "dcr.ratio")  # of the paper's ablations (Tables 3 and 4)
-
-
 Measured = Mapping[str, Any]
 Answers = Mapping[str, Sequence[Completion]]
 
@@ -46,12 +44,7 @@ def showing(settings: EvalConfig, run: Run) -> Iterator[Callable[[Measured, Answ
         yield shown
 
 
-def show(
-    started: "wandb.Run | None",
-    run: Run,
-    metrics: Mapping[str, Any],
-    answers: Mapping[str, Sequence[Completion]],
-) -> None:
+def show(started: "wandb.Run | None", run: Run, metrics: Measured, answers: Answers) -> None:
     """Write an evaluation's scores into the run's summary, its answers as a table, and an artifact.
 
     Snapshots are logged against their SFT step instead, one point each. Keys begin with `eval/`
@@ -91,9 +84,7 @@ def _axes(run: Run) -> dict[str, float]:
     return {key: float(value) for key, value in values.items() if value is not None}
 
 
-def completions(
-    run: Run, metrics: Mapping[str, Any], answers: Mapping[str, Sequence[Completion]]
-) -> pd.DataFrame:
+def completions(run: Run, metrics: Measured, answers: Answers) -> pd.DataFrame:
     """The table of answers: what was asked, what came, and every verdict side by side.
 
     Of each set at most `SHOWN` answers; a judge that was not asked about one says "".
@@ -125,7 +116,7 @@ def _said(run: Run, judge: str, name: str) -> dict[str, str]:
     return said
 
 
-def evaluation(run: Run, metrics: Mapping[str, Any]) -> "wandb.Artifact":
+def evaluation(run: Run, metrics: Measured) -> "wandb.Artifact":
     """Every number of an evaluation but the times."""
     import wandb
 
@@ -134,13 +125,13 @@ def evaluation(run: Run, metrics: Mapping[str, Any]) -> "wandb.Artifact":
     name = "-".join(["evaluation", run_id(run), *digits])
     made = wandb.Artifact(name, "evaluation", metadata=of | {"variant": named})
     table = results.frame_of(metrics)
-    table = table.loc[~table["quantity"].isin(TIMES)].drop(columns=["run", "file"])
+    table = table.loc[~table["quantity"].isin(results.TIMES)].drop(columns=["run", "file"])
     with made.new_file("metrics.csv", encoding="utf-8") as file:
         file.write(results.csv_text(table))
     return made
 
 
-def variant(metrics: Mapping[str, Any], run: Run) -> str:
+def variant(metrics: Measured, run: Run) -> str:
     """The name that tells an evaluation from the plain one of a run's last weights; "" for that.
 
     An earlier stage, other data than the run's own, an edit or a gate (with four digits of its
@@ -159,22 +150,17 @@ def variant(metrics: Mapping[str, Any], run: Run) -> str:
     weights, data = metrics["weights"], metrics.get("data")
     own = (run.config().get("data") or {}).get("label")
     later = RESULTS[RESULTS.index(weights) + 1 :] if weights in RESULTS else ()
-    return "_".join(
-        [
-            *([weights] if any(map(run.done, later)) else []),
-            *([f"data-{data}"] if data not in (None, own) else []),
-            *(
-                [f"{edit['method']}-{edit['strength']:g}-{storage.fingerprint(edit)[:4]}"]
-                if edit
-                else []
-            ),
-            *([f"gate-{gate['name']}-{storage.fingerprint(gate)[:4]}"] if gate else []),
-            *(f"{key}-{value}" for key, value in settings.items() if value != defaults.get(key)),
-        ]
-    )
+    parts = [weights] if any(map(run.done, later)) else []
+    parts += [f"data-{data}"] if data not in (None, own) else []
+    if edit:
+        parts.append(f"{edit['method']}-{edit['strength']:g}-{storage.fingerprint(edit)[:4]}")
+    if gate:
+        parts.append(f"gate-{gate['name']}-{storage.fingerprint(gate)[:4]}")
+    parts += [f"{key}-{value}" for key, value in settings.items() if value != defaults.get(key)]
+    return "_".join(parts)
 
 
-def scored(metrics: Mapping[str, Any]) -> dict[str, float]:
+def scored(metrics: Measured) -> dict[str, float]:
     """The numbers of a `metrics.json` under the house's keys, `<set>/<quantity>`.
 
     Rates are in [0, 1]. `over_refusal/…` and `safety/…` pool the sets of a kind, without those

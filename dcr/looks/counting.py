@@ -7,18 +7,19 @@ look. Whoever reads a result can so tell how often its prompts were looked at, a
 import datetime
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from dcr.core import sources, storage
 from dcr.core.config.evaluation import EvalConfig
-from dcr.core.evaluation import TASKS, PromptSet, in_turn, of_tasks
+from dcr.core.evaluation import TASKS, in_turn, of_tasks
 from dcr.core.evaluation.protocols import Change, Subject
 from dcr.core.runs import Run
 from dcr.looks import FinalConfig
 
 CURE = "write all keys that docs/evidence.md lists"
+LEDGER = ".looks.jsonl"  # in the place of the plan's ending
 
 
 @dataclass(frozen=True)
@@ -49,15 +50,10 @@ class Look:
     tasks: list[str]
     sets: dict[str, int]
 
-    def repeats(self, other: "Look") -> bool:
-        """Whether both look at the same rows of the same weights for the same tasks."""
-        one, two = ({**vars(look), "at": None} for look in (self, other))
-        return one == two
-
 
 def ledger(plan: Path) -> Path:
     """The file of the looks that a plan led to."""
-    return plan.with_suffix(".looks.jsonl")
+    return plan.with_suffix(LEDGER)
 
 
 class Counted(Change):
@@ -81,7 +77,9 @@ class Counted(Change):
         settings, file = subject.settings, _plan(subject.settings)
         asked = of_tasks(list(TASKS), settings.data, settings.limit, settings.seed)
         weights = storage.fingerprint(subject.identity())
-        count(file, subject.run.folder.name, weights, settings.tasks, _sizes(asked))
+        sizes = {of.name: sum(sources.is_final(row.prompt) for row in of.rows) for of in asked}
+        sizes = {name: size for name, size in sizes.items() if size}
+        count(file, subject.run.folder.name, weights, settings.tasks, sizes)
         return {}
 
 
@@ -92,14 +90,8 @@ def count(
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     look = Look(now, _digest(plan), run, weights, sorted(tasks), dict(sizes))
     with in_turn(plan.parent):
-        if not any(look.repeats(before) for before in _looks(plan)):
+        if look not in (replace(before, at=now) for before in _looks(plan)):
             storage.append_lines(ledger(plan), [look])
-
-
-def _sizes(asked: Sequence[PromptSet]) -> dict[str, int]:
-    """How many rows kept apart each set asks, by name, where it asks any."""
-    sizes = {b.name: sum(sources.is_final(row.prompt) for row in b.rows) for b in asked}
-    return {name: size for name, size in sizes.items() if size}
 
 
 def _plan(settings: EvalConfig) -> Path:

@@ -9,7 +9,7 @@ import math
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,7 @@ MARKED = re.compile(
 BEGINS = re.compile(r"<!-- record .*")
 ALL = "*"  # sets, together
 LISTED = re.compile(r"(<!-- (records|looks) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
-LEDGERS, LEDGER = "evidence", ".looks.jsonl"  # the folder beside the records, and its files
+LEDGERS = "evidence"  # the folder beside the records
 # a metric's first word -> hashes of the code that decides it, and of code that measures the same
 Deciding = Callable[[str], set[str]]
 
@@ -60,11 +60,9 @@ def main(options: Options) -> None:
 def rendered(text: str, records: Path) -> str:
     """A page with the numbers of records between its marks; a table without a record is empty.
 
-    The ledgers of looks are those of the folder beside `records`.
-
-    Raises DataError for a number that no record has, or several, ConfigError for a wrong mark.
+    The ledgers of looks are those of the folder beside `records`. Raises DataError for a number
+    that no record has, or several, ConfigError for a wrong mark.
     """
-
     now = _deciding_now(records)
 
     def written(mark: re.Match[str]) -> str:
@@ -130,10 +128,9 @@ def _found(rows: list[Row], asked: dict[str, str]) -> tuple[list[Row], str]:
     how = asked.pop("as", ".2f")
     if wrong := [key for key in asked if key not in OF]:
         raise ConfigError(f"{wrong[0]}={asked[wrong[0]]}: no such column; give {', '.join(OF)}, as")
-    if together := asked.get("set") == ALL:
-        asked = {key: value for key, value in asked.items() if key != "set"}
-    found = [row for row in rows if all(row[key] == value for key, value in asked.items())]
-    found = _pooled(found) if together else found
+    wanted = {(key, value) for key, value in asked.items() if (key, value) != ("set", ALL)}
+    found = [row for row in rows if wanted <= row.items()]
+    found = _pooled(found) if asked.get("set") == ALL else found
     # runs of several seeds may have names of their own
     alike = {tuple(row[key] for key in OF if key not in ("name", "seed")) for row in found}
     if len(alike) != 1 or len({row["seed"] for row in found}) != len(found):
@@ -191,13 +188,9 @@ def _table(records: Path, name: str, head: str, lines: list[str], now: Deciding)
         used.setdefault(record, []).extend(row for of, _ in found for row in of)
     late = sorted({metric for of in used.values() for metric in stale(of, now)})
     told = f" **Stale**: what measures {', '.join(late)} has changed since." if late else ""
-    origin = "; ".join(_origin(used[name])) if {*used} == {name} else _linked(records, used)
+    links = ", ".join(f"[{each}]({records.name}/{each}.csv)" for each in used)
+    origin = "; ".join(_origin(used[name])) if {*used} == {name} else f"Records: {links}"
     return f"\n{_lines(cells)}\n\n*{origin}.*{told}\n\n"
-
-
-def _linked(records: Path, names: Iterable[str]) -> str:
-    links = [f"[{each}]({records.name}/{each}.csv)" for each in names]
-    return f"Records: {', '.join(links)}"
 
 
 def _list(records: Path, now: Deciding) -> str:
@@ -215,8 +208,9 @@ def _looks(ledgers: Path) -> str:
     """A table of the looks that each plan led to, and of all looks."""
     cells = [["plan", "looks", "models and gates", "rows asked at most", "first, UTC", "last, UTC"]]
     every: list[counting.Look] = []
-    for file in sorted(ledgers.glob(f"*{LEDGER}")):
-        name, looks = file.name.removesuffix(LEDGER), storage.read_lines(file, counting.Look)
+    for file in sorted(ledgers.glob(f"*{counting.LEDGER}")):
+        name = file.name.removesuffix(counting.LEDGER)
+        looks = storage.read_lines(file, counting.Look)
         every += looks
         weights = str(len({look.weights for look in looks}))
         asked, first, last = _extent(looks)

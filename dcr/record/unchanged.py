@@ -57,11 +57,9 @@ class Options:
 def main(options: Options) -> None:
     if not options.files:
         raise ConfigError("nothing to compare: give records that were counted again")
-    found = [
-        each
-        for word in options.files
-        for each in compared(Path(word), options.records, options.because)
-    ]
+    found = list[Unchanged]()
+    for word in options.files:
+        found += compared(Path(word), options.records, options.because)
     if not found:
         raise ConfigError("no number there is of code that has changed since")
     before = told(options.records)
@@ -97,17 +95,15 @@ def compared(again: Path, records: Path, because: str) -> list[Unchanged]:
             f"{again}: {', '.join(read_only)}: stands in metrics.json, and was not counted again; "
             "evaluate and record anew, with replace=true"
         )
-    for of, one in sorted(known.items()):
-        other, word = anew.get(of), of[-1].split("/")[0]
-        if word not in words:
-            continue
-        counts[word] += 1
-        was, now = (_number(row) for row in (one, other))
-        if was != now:
-            raise DataError(
-                f"{again}: {' '.join(filter(None, of))}: {now or 'none'}, and {was} in the record; "
-                "what the change decides has to be recorded anew, with replace=true"
-            )
+    for of, row in sorted(known.items()):
+        if (word := of[-1].split("/")[0]) in words:
+            counts[word] += 1
+            was, now = _number(row), _number(anew.get(of))
+            if was != now:
+                raise DataError(
+                    f"{again}: {' '.join(filter(None, of))}: {now or 'none'}, and {was} in the "
+                    "record; what the change decides has to be recorded anew, with replace=true"
+                )
     return [Unchanged(*each, again.stem, counts[each[0]], because) for each in sorted(changed)]
 
 
@@ -123,14 +119,9 @@ def _number(row: dict[str, str] | None) -> str:
 
 def alike(measured_by: str, word: str, said: list[Unchanged]) -> set[str]:
     """All hashes of a metric's code that measure what one of them does, with itself."""
-    found, more = {measured_by}, True
-    while more:
-        linked = {
-            end for each in said if each.metric == word for end in (each.was, each.now)
-            if {each.was, each.now} & found
-        }  # fmt: skip
-        more = bool(linked - found)
-        found |= linked
+    found, pairs = {measured_by}, [{each.was, each.now} for each in said if each.metric == word]
+    while more := {end for pair in pairs if pair & found for end in pair} - found:
+        found |= more
     return found
 
 

@@ -3,7 +3,6 @@
 import csv
 import functools
 import io
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,8 +23,6 @@ RECORDS = Path("docs/records")
 OF = ("name", "stages", "seed", "step", "data", "edit", "set", "kind", "judge", "metric")
 NUMBER = ("value", "low", "high", "n")
 FROM = ("prompts", "model", "trained_on", "command", "commit", "machine", "date", "measured_by")
-# how fast a machine is, which is no result
-TIMES = ("seconds", "tokens_per_second", "peak_memory_gib")
 PLACE = re.compile(r"(?:^|[\s='\"\[,:@])(?:~?/\w|[A-Za-z]:\\)")  # of a machine
 
 Row = dict[str, Any]  # of a file all values are text
@@ -64,12 +61,12 @@ def write(options: Options) -> None:
         raise ConfigError("nothing to record: give run folders, or a .json file of dcr.frontier")
     if out.exists() and not options.replace:
         raise ConfigError(f"{out}: is there; give replace=true to write it anew, or another name")
+    only = tuple(f"{words}/" for words in options.only)
     rows = [
         row
         for word in options.runs
         for row in (_of_arms if word.endswith(".json") else _of_run)(Path(word))
-        if not math.isnan(row["value"])
-        and (not options.only or _named(row["metric"], options.only))
+        if pd.notna(row["value"]) and (not only or f"{row['metric']}/".startswith(only))
     ]
     if not rows:
         raise DataError(f"{' '.join(options.runs)}: no number there of {' '.join(options.only)}")
@@ -83,10 +80,6 @@ def read(file: Path) -> list[Row]:
     if not rows or {*OF, *NUMBER, *FROM} - rows[0].keys():
         raise DataError(f"{file}: no record; {cure}")
     return rows
-
-
-def _named(metric: str, only: list[str]) -> bool:
-    return any(f"{metric}/".startswith(f"{words}/") for words in only)
 
 
 def keep(rows: list[Row], out: Path, command: str, commit: str | None = None) -> None:
@@ -115,7 +108,7 @@ def _of_run(folder: Path) -> Iterator[Row]:
     table = results.load(folder)
     of = {file: origins.of(Path(file).parent) for file in dict.fromkeys(table.file)}
     for number in table.astype(object).to_dict("records"):
-        if number["quantity"] in TIMES:
+        if number["quantity"] in results.TIMES:
             continue
         about = {key: _whole(number.get(key)) for key in (*OF, *NUMBER, "model")}
         about |= {"name": folder.resolve().name, "metric": number["quantity"]}
@@ -144,27 +137,22 @@ def _of_arms(file: Path) -> Iterator[Row]:
         for metric, of_set, value in numbers:
             about: Row = {"name": arm["arm"], "seed": arm["seed"], "judge": found["verdict"]}
             about["metric"] = f"frontier/{metric}"
-            about |= {"set": of_set, "value": _known(value)}
+            about |= {"set": of_set, "value": value}
             yield about | {"n": sets.get(of_set, sum(sets.values()))} | _from(origin, of_set)
     for each in found["comparisons"]:
         about = {"name": each["arms"], "judge": found["verdict"], "n": sum(sets.values())}
         about |= _from(replace(found["rows"][0]["origin"], trained_on="", date=counted), "")
         at_share = f"frontier/difference/{found['safety']:g}"
         for way in ("over_seeds", "over_prompts"):
-            value, low, high = (_known(each[way][key]) for key in ("estimate", "low", "high"))
-            ends = {"low": low, "high": high}
-            yield about | {"metric": f"{at_share}/{way}", "value": value} | ends
+            ends = {"low": each[way]["low"], "high": each[way]["high"]}
+            yield about | {"metric": f"{at_share}/{way}", "value": each[way]["estimate"]} | ends
         for p in ("p", "p_holm"):
-            yield about | {"metric": f"{at_share}/{p}", "value": _known(each[p])}
+            yield about | {"metric": f"{at_share}/{p}", "value": each[p]}
 
 
 def _whole(value: Any) -> Any:
     """Turns a whole number into an int, since pandas keeps a column with gaps as floats."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _known(value: float | None) -> float:
-    return math.nan if value is None else value
 
 
 def _from(origin: origins.Origin, of_set: str) -> Row:

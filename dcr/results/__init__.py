@@ -6,5 +6,5 @@ table[table.quantity == "refused"].pivot_table("value", ["run", "judge"], "set")
 """
 
 from dcr.core.evaluation.protocols import VERSION
-from dcr.results.frame import COLUMNS, csv_text, edit, frame_of, load, steering
+from dcr.results.frame import COLUMNS, TIMES, csv_text, edit, frame_of, load, steering
 from dcr.results.schema import Metrics, OwnTask, Tracked, read, read_tracked

@@ -36,6 +36,7 @@ COLUMNS = (
 FAULTS = ("unanswered", "empty", "truncated", "repetitive", "non_english")
 NORMAL = 1.959963984540054  # standard errors to either side of a 95% interval
 COMPLIANCE = ("complied", "partial", "refused")
+TIMES = ("seconds", "tokens_per_second", "peak_memory_gib")  # how fast a machine is
 
 TidyRow = dict[str, Any]
 
@@ -127,24 +128,16 @@ def edit(settings: Mapping[str, Any]) -> str:
     parts += [f"{key}={value}" for key, value in edits.items()]
     if settings.get("validation"):
         parts.append("validation")
-    parts += [f"{key}={settings[key]}" for key in CONTRASTS if settings.get(key) is not None]
-    for key in ("thinking", "repetition_penalty"):
-        if settings.get(key) is not None:
-            parts.append(f"{key}={settings[key]}")
-    if settings.get("prefill") is not None:
-        parts.append(f"prefill={settings['prefill']!r}")
-    if settings.get("gate") is not None:
-        parts.append(gate(settings["gate"]))
-    if settings.get("calibrate") is not None:
-        parts.append(f"calibrate={settings['calibrate']}")
+    for key in (*CONTRASTS, "thinking", "repetition_penalty", "prefill", "gate", "calibrate"):
+        if (value := settings.get(key)) is None:
+            continue
+        if key == "gate":
+            parts.append(f"gate={value['name']}")
+            parts += [f"threshold={value['threshold']:g}"] if "threshold" in value else []
+            parts += [] if value["alone"] else ["beside the model's refusals"]
+        else:
+            parts.append(f"{key}={value!r}" if key == "prefill" else f"{key}={value}")
     return " ".join(parts)
-
-
-def gate(about: Mapping[str, Any]) -> str:
-    """The gate in front of a model: its name, a threshold that was set, and who else refuses."""
-    parts = [f"gate={about['name']}"]
-    parts += [f"threshold={about['threshold']:g}"] if "threshold" in about else []
-    return " ".join([*parts, *([] if about["alone"] else ["beside the model's refusals"])])
 
 
 def steering(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,13 +179,8 @@ def _all(metrics: Metrics, learnt: Collection[str]) -> Iterator[TidyRow]:
         for way in ("exact", "near", "ngram"):
             yield _rate(f"contamination/{way}", getattr(overlap, way), overlap.n, set=name)
     for agreement in metrics.agreement:
-        yield {
-            "quantity": "kappa",
-            "judge": " and ".join(agreement.judges),
-            "kind": agreement.kind,
-            "value": _value(agreement.kappa),
-            "n": agreement.n,
-        }
+        about = {"judge": " and ".join(agreement.judges), "kind": agreement.kind, "n": agreement.n}
+        yield {"quantity": "kappa", "value": _value(agreement.kappa), **about}
     for judge, usage in metrics.usage.items():
         for key in ("requests", "prompt_tokens", "completion_tokens", "usd"):
             yield {"quantity": f"usage/{key}", "judge": judge, "value": _value(getattr(usage, key))}
@@ -204,7 +192,7 @@ def _all(metrics: Metrics, learnt: Collection[str]) -> Iterator[TidyRow]:
     yield from _attacked(metrics, learnt)
     yield from _own(metrics)
     yield from _analyses(metrics)
-    for key in ("seconds", "tokens_per_second", "peak_memory_gib"):
+    for key in TIMES:
         if (value := getattr(metrics, key)) is not None:
             yield {"quantity": key, "value": value}
 
@@ -282,11 +270,10 @@ def _ability(ability: Ability) -> Iterator[TidyRow]:
     for metric in ("acc", "acc_norm"):
         value, error = getattr(ability, metric), getattr(ability, f"{metric}_stderr")
         if value is not None:
-            row = {"quantity": metric, "value": value, "n": ability.n}
+            low, high = None, None
             if error is not None:
-                low, high = value - NORMAL * error, value + NORMAL * error
-                row |= {"low": max(0.0, low), "high": min(1.0, high)}
-            yield row
+                low, high = max(0.0, value - NORMAL * error), min(1.0, value + NORMAL * error)
+            yield _estimate(metric, (value, low, high), n=ability.n)
     for metric, value in ability.metrics.items():
         yield {"quantity": metric, "value": _value(value), "n": ability.n}
 
@@ -294,13 +281,11 @@ def _ability(ability: Ability) -> Iterator[TidyRow]:
 def _quality(quality: Quality) -> Iterator[TidyRow]:
     for key in ("win_rate", "length_controlled", "discrete"):
         value = getattr(quality, key)
-        if value is None:
-            continue
-        row = {"quantity": key, "judge": quality.annotator, "value": value / 100, "n": quality.n}
-        if key == "win_rate" and quality.standard_error is not None:
-            around = NORMAL * quality.standard_error / 100
-            row |= {"low": value / 100 - around, "high": value / 100 + around}
-        yield row
+        if value is not None:
+            error = _value(quality.standard_error if key == "win_rate" else None)
+            around, share = NORMAL * error / 100, value / 100
+            ends = share - around, share + around
+            yield _estimate(key, (share, *ends), judge=quality.annotator, n=quality.n)
 
 
 def _attacked(metrics: Metrics, learnt: Collection[str]) -> Iterator[TidyRow]:
@@ -309,9 +294,8 @@ def _attacked(metrics: Metrics, learnt: Collection[str]) -> Iterator[TidyRow]:
         begin = f"robustness/{attack}"
         for name, counts in of.sets.items():
             about = {"set": name, "kind": counts.kind.value} | _marks(metrics, [name], learnt)
-            yield _rate(
-                f"{begin}/refused", counts.refused, counts.n, judge="keyword:paper", **about
-            )
+            by_keywords = about | {"judge": "keyword:paper"}
+            yield _rate(f"{begin}/refused", counts.refused, counts.n, **by_keywords)
             for outcome, count in counts.outcomes.items():
                 yield _rate(f"{begin}/{outcome}", count, counts.n, judge="outcome", **about)
         marks = _marks(metrics, [name for name in of.sets if name not in APART], learnt)
@@ -336,10 +320,9 @@ def _own(metrics: Metrics) -> Iterator[TidyRow]:
 def _analyses(metrics: Metrics) -> Iterator[TidyRow]:
     if refusal := metrics.refusal_probability:
         for kind, means in refusal.kinds.items():
-            yield _estimate("refusal_probability", means.plain, kind=kind, n=means.n)
-            yield _estimate(
-                "refusal_probability/prefix_free", means.prefix_free, kind=kind, n=means.n
-            )
+            about = {"kind": kind, "n": means.n}
+            yield _estimate("refusal_probability", means.plain, **about)
+            yield _estimate("refusal_probability/prefix_free", means.prefix_free, **about)
         if first := refusal.first_token:
             for score, auroc in (first.auroc or {}).items():
                 yield _estimate(f"refusal_probability/auroc/{score}", auroc, n=first.n)
