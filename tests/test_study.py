@@ -361,7 +361,7 @@ def test_an_error_of_any_length_ends_a_part() -> None:
 def test_what_a_part_said_of_a_template_the_next_does_not_say(tmp_path: Path) -> None:
     def work() -> None:
         kept = logging.FileHandler(tmp_path / "log")
-        logging.getLogger("dcr.core.prompts").addHandler(kept)
+        logging.getLogger("dcr.chat_templates").addHandler(kept)
         prompts.chat_format(builtin.byte_tokenizer(None), ModelConfig(name="some/bare-base"))
 
     for _ in range(2):
