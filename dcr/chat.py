@@ -7,13 +7,7 @@ from typing import TYPE_CHECKING
 
 from dcr import ending, entry, extensions, keywords, repetition, resolving
 from dcr.core import machine, prompts
-from dcr.core.config import (
-    ConfigError,
-    DataError,
-    ModelConfig,
-    Precision,
-    UserError,
-)
+from dcr.core.config import ConfigError, DataError, ModelConfig, Precision, UserError
 from dcr.core.prompts import ChatFormat
 from dcr.core.runs import Run
 from dcr.core.text import conversation
@@ -88,7 +82,7 @@ class Dialogue:
 
         room = structure.context_length(self.policy.model.config) - self.max_new_tokens
         turns = self.turns
-        while len(ids := self._encoded(turns)) > room:
+        while len(ids := self.chat.prompt_ids(_spoken(turns))) > room:
             if len(turns) < 3:
                 raise ConfigError(
                     f"the message has {len(ids)} tokens, {room} fit; shorten it or lower "
@@ -97,18 +91,6 @@ class Dialogue:
             turns = turns[2:]
         self.turns = turns
         return ids
-
-    def _encoded(self, turns: list[dict[str, str]]) -> list[int]:
-        system = self.chat.system_prompt
-        first = [{"role": "system", "content": system}] if system else []
-        tokenizer = self.chat.tokenizer
-        text = tokenizer.apply_chat_template(
-            [*first, *turns],
-            chat_template=self.chat.template,
-            tokenize=False,
-            add_generation_prompt=True,
-        )
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # pyright: ignore
 
     def ask(self, message: str) -> tuple[str, float]:
         """The answer, printed as it comes, and the refusal mass of its first token.
@@ -119,8 +101,7 @@ class Dialogue:
         self.turns.append({"role": "user", "content": self.chat.neutralised(message)})
         try:
             ids = self.prompt_ids()
-            asked = conversation((turn["role"], turn["content"]) for turn in self.turns)
-            score = self.gate.scores([asked])[0] if self.gate else 0.0
+            score = self.gate.scores([_spoken(self.turns)])[0] if self.gate else 0.0
             if score > self.threshold:
                 print(self.refusal)
                 answer, mass = self.refusal, score
@@ -156,14 +137,16 @@ class Dialogue:
         return str(text).strip(), float(masses[0])
 
 
+def _spoken(turns: list[dict[str, str]]) -> str:
+    """The dialogue as one prompt, as evaluations ask a conversation."""
+    return conversation((turn["role"], turn["content"]) for turn in turns)
+
+
 @entry.command(Options)
 def main(options: Options) -> None:
     """Converse until /quit or the end of input."""
     policy, model, told = open_stage(
-        Run(options.run),
-        options.stage,
-        Precision(options.precision),
-        options.trust_remote_code,
+        Run(options.run), options.stage, Precision(options.precision), options.trust_remote_code
     )
 
     extensions.hand_in_passes()

@@ -25,23 +25,16 @@ class Edit:
     x ← x − scale·(x·ablate)·ablate, then x ← x + scale·add; at least one of them is given.
     Computed in fp32 (or the model's own, wider type) and rounded once. A scale of 0 leaves x as it
     is to the bit.
-
-    Attributes:
-        block: from 1.
-        ablate: a unit vector.
-        scale: a Tensor holds one factor for each row of the batch.
-        start: in each row of the padded prompt the first position that is edited; None: all.
-            Positions that are fed later, behind a key-value cache, are always edited, unless
-        once: only the prompt is.
     """
 
     site: Site
-    block: int
+    block: int  # from 1
     add: Float[Tensor, " width"] | None = None
-    ablate: Float[Tensor, " width"] | None = None
-    scale: float | Float[Tensor, " batch"] = 1.0
+    ablate: Float[Tensor, " width"] | None = None  # a unit vector
+    scale: float | Float[Tensor, " batch"] = 1.0  # a Tensor holds a factor for each row
+    # in each row of the padded prompt the first position that is edited; None: all
     start: Int[Tensor, " batch"] | None = None
-    once: bool = False
+    once: bool = False  # only the prompt is edited, no position fed later behind its cache
 
 
 Edits = Sequence[Edit]

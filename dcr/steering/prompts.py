@@ -16,9 +16,7 @@ from dcr.steering import SteeringConfig
 
 KINDS = tuple(kind.value for kind in Kind)
 SURGICAL_RELEASED = SourcesByKind(
-    toxic=["surgical_harmful_train"],
-    seemingly_toxic=["surgical_orbench_train"],
-    normal=["alpaca"],
+    toxic=["surgical_harmful_train"], seemingly_toxic=["surgical_orbench_train"], normal=["alpaca"]
 )
 # The sources that each method's released code reads; they contain evaluation prompts.
 RELEASED = {

@@ -23,12 +23,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from dcr import decoding
 from dcr.activations import Site
-from dcr.core import passes
 from dcr.core.config import ConfigError
 from dcr.core.models import Policy, structure
 from dcr.core.prompts import ChatFormat
+from dcr.core.refusal import opening
 from dcr.core.refusal.opening import PhraseError, checked, continuations, ending
 from dcr.steering import SteeringConfig, SurgicalConfig, vectors
 from dcr.steering.edits import Edit, Edits, edited
@@ -274,18 +273,10 @@ def last_log_p(
     model: Any, sequences: Sequence[Sequence[int]]
 ) -> Float[Tensor, "prompts vocabulary"]:
     """Log-probabilities (in fp32 or wider) of the token that follows each sequence."""
-    parts, order = [], list[int]()
-    with torch.no_grad():
-        for start in range(0, len(sequences), vectors.BATCH_SIZE):
-            batch = sequences[start : start + vectors.BATCH_SIZE]
-            groups = decoding.together(model, [len(ids) for ids in batch])
-            for group in groups:
-                rows = [batch[place] for place in group]
-                logits = passes.current().read(model, rows, keep=False).logits[:, -1]
-                wide = torch.promote_types(logits.dtype, torch.float32)
-                parts.append(logits.to(wide).log_softmax(-1))
-                order += [start + place for place in group]
-    return torch.cat(parts)[torch.tensor(order).argsort()]
+    found = list(opening.first_logits(model, sequences))
+    order = torch.tensor([place for places, _ in found for place in places]).argsort()
+    logits = torch.cat([of_batch for _, of_batch in found])[order]
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
 def refusal_scores(
