@@ -259,7 +259,8 @@ def prepacked(model: nn.Module) -> Iterator[None]:
     try:
         for layer in changed:
             weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), ROWS)
-            layer.forward = functools.partial(_product, weight, layer.bias)
+            product = functools.partial(torch.ops.mkldnn._linear_pointwise, W=weight, B=layer.bias)
+            layer.forward = functools.partial(product, attr="none", scalars=[], algorithm="")
         yield
     finally:
         for layer in changed:
@@ -273,7 +274,3 @@ def _is_packable(layer: Any, kinds: set[torch.dtype]) -> bool:
     weight = layer.weight
     plain = type(weight.data) is Tensor and weight.device.type == "cpu" and weight.dtype in kinds
     return plain and min(weight.shape) >= NARROW
-
-
-def _product(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

@@ -8,7 +8,7 @@ the backward pass. On other devices, and for models that fail a trial, a batch s
 
 import itertools
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface
 
 from dcr.core import passes
+from dcr.core.models import evaluating
 from dcr.decoding import WINDOWS
 from dcr.fast import fusing
 
@@ -43,37 +44,25 @@ class Packing(IntEnum):
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Consecutive rows that attention takes together, padded to the longest.
+    """Consecutive rows that attention takes together, padded to the longest."""
 
-    Attributes:
-        start, stop: their tokens in the packed sequence.
-        back: the place of each token in the padded group; None if no row is padded.
-        before: tokens of the prefix at the front of the sequence.
-    """
-
-    start: int
+    start: int  # of their tokens in the packed sequence
     stop: int
     rows: int
     longest: int
-    back: Int[Tensor, "tokens"] | None
-    before: int = 0
+    back: Int[Tensor, "tokens"] | None  # each token's place in the padded group; None: no padding
+    before: int = 0  # tokens of the prefix at the front of the sequence
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """A model's inputs for a batch, and the way back from its outputs.
+    """A model's inputs for a batch, and the way back from its outputs."""
 
-    Attributes:
-        inputs: the model's arguments.
-        places: the flat places of the packed tokens in the padded batch without the prefix; None
-            if nothing is packed.
-        prefix: the number of first tokens of every row that the packed batch has once, in front.
-    """
-
-    inputs: dict[str, Any]
+    inputs: dict[str, Any]  # the model's arguments
     shape: torch.Size
+    # the packed tokens' flat places in the padded batch without the prefix; None: nothing is packed
     places: Int[Tensor, "tokens"] | None = None
-    prefix: int = 0
+    prefix: int = 0  # first tokens of every row that the packed batch has once, in front
 
     def padded(self, states: Float[Tensor, "..."]) -> Float[Tensor, "batch length width"]:
         """The model's output as that of a padded batch, with zero for padding."""
@@ -174,9 +163,8 @@ def packs(module: nn.Module, device: torch.device) -> Packing:
     ids[1, :ALIKE] = ids[0, :ALIKE]
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[0, -1] = False
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
+    # of a module that takes other arguments
+    with suppress(TypeError, ValueError, KeyError), evaluating(module):
         padded = Layout({"input_ids": ids, "attention_mask": mask}, ids.shape)
         expected = run(module, padded)[mask]
         with sdpa_kernel(SDPBackend.MATH):  # the same, rounded otherwise
@@ -187,11 +175,6 @@ def packs(module: nn.Module, device: torch.device) -> Packing:
             states = layout.padded(run(module, layout))[mask]
             if (states - expected).abs().max() <= near:
                 return packing
-    except (TypeError, ValueError, KeyError):  # a module that takes other arguments
-        pass
-    finally:
-        for part, training in modes:
-            part.training = training
     return Packing.padded
 
 

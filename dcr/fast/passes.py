@@ -23,6 +23,7 @@ from dcr.core.passes import Prefilled
 from dcr.core.prompts import IGNORED
 from dcr.decoding import Context, decoded, obstacle, per_row
 from dcr.fast import cache, frozen, fusing, packing
+from dcr.fast.cache import PrefixLayer
 from dcr.fast.frozen import token_nll
 from dcr.fast.packing import Layout, Packing
 from dcr.readout import halving
@@ -92,7 +93,29 @@ class Fast:
     def read(
         self, model: Any, prompts: Sequence[Sequence[int]], keep: bool = True, cache: Any = None
     ) -> Prefilled:
-        return prefill(model, prompts, keep, cache)
+        """Reads prompts, padded on the left, and their common prefix once, such as a template's.
+
+        The prefix's keys and values serve every row; padding lies between them and the row's rest.
+        """
+        device, rows, prefix = unwrapped(model).device, len(prompts), shared_prefix(model, prompts)
+        ids = padded(prompts, 0, left=True).to(device)
+        mask = attention_mask([ids[prefix:] for ids in prompts], left=True).long().to(device)
+        if prefix:
+            cache = DynamicCache(config=passes.text_config(model)) if cache is None else cache
+            if not keep:  # else the rest's keys and values of every block would be held
+                cache.layers = [PrefixLayer() for _ in cache.layers]
+            backbone = structure.backbone(model)
+            first = torch.tensor([prompts[0][:prefix]], device=device)
+            placed = passes.placed(backbone, torch.arange(prefix, device=device)[None])
+            placed |= {"attention_mask": torch.ones_like(first), "past_key_values": cache}
+            backbone(input_ids=first, use_cache=True, **placed)
+            layers: list[Any] = cache.layers
+            for layer in layers:
+                pair = layer.keys, layer.values
+                layer.keys, layer.values = (each.expand(rows, -1, -1, -1) for each in pair)
+            mask = torch.cat([mask.new_ones(rows, prefix), mask], 1)
+        # a shorter row has prefix tokens among these ids, masked as padding is
+        return passes.prefilled(model, ids[:, prefix:], mask, keep, cache)
 
     @contextmanager
     def caching(self, model: Any) -> Iterator[Callable[[], DynamicCache | None]]:
@@ -177,35 +200,3 @@ def shared_prefix(model: Any, prompts: Sequence[Sequence[int]]) -> int:
         or per_row(model)
     )
     return 0 if unshared else alike
-
-
-def prefill(
-    model: Any, prompts: Sequence[Sequence[int]], keep: bool = True, filled: Any = None
-) -> Prefilled:
-    """Reads prompts, padded on the left, and their common prefix once, such as a template's start.
-
-    The prefix's keys and values serve every row; padding lies between them and the row's rest.
-    """
-    device, rows, prefix = unwrapped(model).device, len(prompts), shared_prefix(model, prompts)
-    ids = padded(prompts, 0, left=True).to(device)
-    mask = attention_mask([ids[prefix:] for ids in prompts], left=True).long().to(device)
-    if prefix:
-        filled = DynamicCache(config=passes.text_config(model)) if filled is None else filled
-        if not keep:  # else the rest's keys and values of every block would be held
-            filled.layers = [cache.PrefixLayer() for _ in filled.layers]
-        backbone, first = (
-            structure.backbone(model),
-            torch.tensor([prompts[0][:prefix]], device=device),
-        )
-        placed = passes.placed(backbone, torch.arange(prefix, device=device)[None])
-        ones = torch.ones_like(first)
-        backbone(
-            input_ids=first, attention_mask=ones, past_key_values=filled, use_cache=True, **placed
-        )
-        layers: list[Any] = filled.layers
-        for layer in layers:
-            pair = layer.keys, layer.values
-            layer.keys, layer.values = (each.expand(rows, -1, -1, -1) for each in pair)
-        mask = torch.cat([mask.new_ones(rows, prefix), mask], 1)
-    # a shorter row has prefix tokens among these ids, masked as padding is
-    return passes.prefilled(model, ids[:, prefix:], mask, keep, filled)

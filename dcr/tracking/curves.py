@@ -15,7 +15,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from dcr.analyses import check_parameters, kinds, weights
 from dcr.core import models
-from dcr.core.config import ConfigError, DataConfig, Kind, Stage
+from dcr.core.config import ConfigError, Kind, Stage
 from dcr.core.config.training import TrainConfig
 from dcr.core.models import Policy
 from dcr.core.models.training import save_adapter, trained_weights
@@ -53,26 +53,11 @@ class Tracked:
     seed: int
 
 
-def tracked(config: TrackingConfig, data: DataConfig, seed: int) -> Tracked | None:
-    """The prompts of every quantity; None where nothing is to be measured.
-
-    Raises ConfigError and DataError as reading sources does.
-    """
-    if not config.quantities:
-        return None
-    counts = {
-        Quantity.refusal_probability: config.refusal_prob.prompts,
-        Quantity.kernel: config.entk.prompts,
-    }
-    every = kinds.every(data)
-    rows = {q: kinds.drawn(every, counts[q], seed) for q in config.quantities}
-    return Tracked(config, rows, kinds.followed(every), seed)
-
-
 def watching(settings: TrainConfig) -> Watched:
     """Trackers and snapshots for the stages of a run, on prompts that are read now.
 
-    Raises ConfigError for parameters and tokens that the model does not have, and as `tracked`.
+    Raises ConfigError for parameters and tokens that the model does not have, and ConfigError and
+    DataError as reading sources does.
     """
     facts, tracking = models.facts(settings.model), settings.node(TrackingConfig)
     kernel = tracking.entk
@@ -82,7 +67,15 @@ def watching(settings: TrainConfig) -> Watched:
             raise ConfigError(
                 f"tracking.entk.top_k={kernel.top_k}: the model has {facts.vocabulary} tokens"
             )
-    found = tracked(tracking, settings.data, settings.seed)
+    found, seed = None, settings.seed
+    if tracking.quantities:
+        counts = {
+            Quantity.refusal_probability: tracking.refusal_prob.prompts,
+            Quantity.kernel: kernel.prompts,
+        }
+        every = kinds.every(settings.data)
+        rows = {q: kinds.drawn(every, counts[q], seed) for q in tracking.quantities}
+        found = Tracked(tracking, rows, kinds.followed(every), seed)
 
     def callbacks(
         run: Run, stage: Stage, policy: Policy, chat: ChatFormat, total: int
@@ -206,7 +199,7 @@ def _probabilities(block: Mapping[str, Any]) -> dict[str, float]:
 def _kernel(
     policy: Policy, chat: ChatFormat, rows: kinds.ByKind, tracked: Tracked, place: Path
 ) -> dict[str, Any]:
-    """On a copy in fp32, which products of gradients need, where the weights are narrower."""
+    """Measures the kernel; products of gradients need fp32, so narrower weights are copied."""
     model = policy.model
     if any(parameter.dtype.itemsize < 4 for parameter in model.parameters()):
         model = copy.deepcopy(model).float()
