@@ -3,6 +3,7 @@
 They are counted here, and shown as a section of the page.
 """
 
+import itertools
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -145,18 +146,14 @@ def report(
         for place, overlap in enumerate(overlaps(prompts, {source: distinct}, near=near)):
             if overlap is not None:
                 ways[place][source] = WAYS.index("exact" if overlap.exact else "near")
-    first, counts = 0, {}
+    counts, in_order = {}, iter(ways)
     for name, texts in evaluated.items():
-        counts[name] = _counted(ways[first : first + len(texts)])
-        first += len(texts)
+        found = list(itertools.islice(in_order, len(texts)))
+        strongest = [min(by_source.values()) for by_source in found if by_source]
+        total = Counter(source for by_source in found for source in by_source)
+        by_way = {way: strongest.count(place) for place, way in enumerate(WAYS)}
+        counts[name] = {"n": len(texts), **by_way, "by_source": dict(sorted(total.items()))}
     return counts
-
-
-def _counted(ways: Sequence[Mapping[str, int]]) -> dict[str, int | dict[str, int]]:
-    strongest = [min(sources.values()) for sources in ways if sources]
-    by_source = Counter(source for sources in ways for source in sources)
-    counts = {name: strongest.count(place) for place, name in enumerate(WAYS)}
-    return {"n": len(ways), **counts, "by_source": dict(sorted(by_source.items()))}
 
 
 Phrase = tuple[str, ...]

@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 import traceback
-import unicodedata
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -39,6 +38,9 @@ REMOVED = "[removed]"
 # names of environment variables whose values, if long enough, are secrets
 KEYS = re.compile(r"(?i)(?:key|token|secret|password|passwd|credentials?)$")
 SHORTEST_KEY = 8
+# control characters as their pictures, and later ones and surrogates as a replacement
+SHOWN = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"}
+SHOWN |= dict.fromkeys((*range(0x7F, 0xA0), *range(0xD800, 0xE000)), "\N{REPLACEMENT CHARACTER}")
 LONGEST_LINE = 1_000  # characters of an error's line
 LONGEST_READ = 10_000  # characters read of a text that becomes one line
 NAMES = (
@@ -85,14 +87,7 @@ def printable(text: str) -> str:
     Line ends and tabs stay. No text of a file, a model or a server can so move the cursor, or
     colour or rename a terminal.
     """
-    return "".join(_shown(character) for character in text.replace("\r\n", "\n"))
-
-
-def _shown(character: str) -> str:
-    if character in "\n\t" or unicodedata.category(character) not in ("Cc", "Cs"):
-        return character
-    code = ord(character)
-    return chr(0x2400 + code) if code < 0x20 else "\N{REPLACEMENT CHARACTER}"
+    return text.replace("\r\n", "\n").translate(SHOWN)
 
 
 def encodable(text: str) -> str:

@@ -2,7 +2,7 @@
 
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -189,6 +189,7 @@ def export(
     from dcr.core import models
     from dcr.core.models import folders, structure
     from dcr.gating import answers
+    from dcr.gating import serving as gate_serving
 
     if gate is not None:
         answers.check(settings, made_with)
@@ -231,7 +232,10 @@ def export(
         card = model_card(run, stage, made_with, weights)
         (staging / "README.md").write_text(card, encoding="utf-8")
         if gate is not None:
-            _put_gate(gate, rule, staging)
+            shutil.copytree(gate, staging / "gate")
+            storage.write_json(staging / "gate" / gating.RECORD, rule)
+            storage.write_checksums(staging / "gate")
+            shutil.copyfile(gate_serving.__file__, staging / GATED)
         elif record:
             shutil.copyfile(serving.__file__, staging / PROCESSOR)
         measured, _, _ = evaluated(run, stage, change)
@@ -239,16 +243,6 @@ def export(
             numbers = results.csv_text(measured.drop(columns=["run", "edit", "file"]))  # no paths
             (staging / "metrics.csv").write_text(numbers, encoding="utf-8")
     return out
-
-
-def _put_gate(gate: Path, rule: Any, staging: Path) -> None:
-    """Put a gate with the rule of this export, and the file that runs it, beside the weights."""
-    from dcr.gating import serving
-
-    shutil.copytree(gate, staging / "gate")
-    storage.write_json(staging / "gate" / gating.RECORD, rule)
-    storage.write_checksums(staging / "gate")
-    shutil.copyfile(serving.__file__, staging / GATED)
 
 
 def _evaluated_in(run: Run) -> Precision:
@@ -351,24 +345,17 @@ def _first_logits(policy: "Policy", chat: ChatFormat, settings: EvalSettings) ->
 
 @dataclass(frozen=True)
 class Weights:
-    """The exported weights, as their card tells of them.
-
-    Attributes:
-        dtype: their type.
-        depth: the model's number of blocks.
-        calibrated: the record of the bias in their generation config, or of the gate's threshold.
-        decoding: the settings that the base's own generation config had.
-        rounded: the errors of a base in four bits and of putting it in full.
-        gate: what `gate.json` says of the gate that goes along.
-        change: the settings in which evaluations of the export differ from those of plain weights.
-    """
+    """The exported weights, as their card tells of them."""
 
     dtype: str
-    depth: int
+    depth: int  # blocks of the model
+    # the record of the bias in their generation config, or of the gate's threshold
     calibrated: Mapping[str, Any] | None = None
+    # the settings that the base's own generation config had
     decoding: Mapping[str, Any] = field(default_factory=dict)
-    rounded: Mapping[str, float] | None = None
-    gate: Mapping[str, Any] | None = None
+    rounded: Mapping[str, float] | None = None  # errors of four bits, and of putting them in full
+    gate: Mapping[str, Any] | None = None  # what `gate.json` says of the gate that goes along
+    # the settings that evaluations of plain weights do not have
     change: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -407,12 +394,7 @@ def model_card(run: Run, stage: str, made_with: Mapping[str, Any], weights: Weig
             settings=_settings(run, made_with, stages, weights.depth),
             rows=rows,
             fingerprint=storage.fingerprint({n: part["fingerprint"] for n, part in rows.items()}),
-            sources=dict.fromkeys(
-                [
-                    *(row for each in stages for row in _sources(made_with, each)),
-                    *_sources_of_gate(weights.gate or {}),
-                ]
-            ),
+            sources=_sources(made_with, stages, weights.gate or {}),
             scores=measured.query(
                 "quantity == 'refused' and judge == 'keyword:paper' and n > 0"
             ).drop_duplicates(["set", "kind", "n", "count"]),
@@ -479,30 +461,29 @@ def _leaf(node: Any, path: str) -> str:
     return "default" if node is None else str(node)
 
 
-def _sources(made_with: Mapping[str, Any], stage: str) -> Iterator[tuple[str, str, str]]:
-    """Use, name and licence of each source of a stage."""
-    for use in LEARNT[stage]:
-        if stage == "readout":
-            named = made_with["sft"]["readout"].get(use) or []
-        else:
-            named = made_with.get("data", {}).get(use, {}).get("source") or []
-        for source in [named] if isinstance(named, str) else named:
-            yield use, *_licensed(source)
+def _sources(
+    made_with: Mapping[str, Any], stages: Sequence[str], gate: Mapping[str, Any]
+) -> list[tuple[str, str, str]]:
+    """Use, name and licence of each source of the stages and of the pairs that a gate has learnt.
 
-
-def _sources_of_gate(gate: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """The same of the pairs that a gate has learnt."""
-    for kind, part in gate.get("made_with", {}).get("pairs", {}).items():
-        if not kind.endswith("heldout"):
-            for source in part["sources"]:
-                yield f"gate: {kind}", *_licensed(source)
-
-
-def _licensed(source: str) -> tuple[str, str]:
-    """A source's name, without the folders of a user's file, and its licence."""
-    known = SOURCES.get(source)
-    licence = known.licence if known else "a file of the user's"
-    return source if known else Path(source).name, licence
+    A user's file is named without its folders.
+    """
+    used: list[tuple[str, Any]] = []
+    for stage in stages:
+        for use in LEARNT[stage]:
+            if stage == "readout":
+                used.append((use, made_with["sft"]["readout"].get(use)))
+            else:
+                used.append((use, made_with.get("data", {}).get(use, {}).get("source")))
+    pairs = gate.get("made_with", {}).get("pairs", {}).items()
+    used += [(f"gate: {k}", part["sources"]) for k, part in pairs if not k.endswith("heldout")]
+    rows = []
+    for use, named in used:
+        for source in [named] if isinstance(named, str) else named or []:
+            known = SOURCES.get(source)
+            licence = known.licence if known else "a file of the user's"
+            rows.append((use, source if known else Path(source).name, licence))
+    return list(dict.fromkeys(rows))
 
 
 def evaluated(

@@ -249,7 +249,7 @@ def _as_array(
     if slurm:
         ends = f"scancel {names[0].partition('_')[0]}"
         log.info("a signal to this command leaves them running; %s ends them", ends)
-    yield from _ends(jobs, commands, began, _queued if slurm else _alive)
+    yield from _ends(jobs, commands, began, slurm)
 
 
 def _parameters(options: SlurmOptions, nodes: int, devices: int) -> dict[str, Any]:
@@ -271,7 +271,7 @@ def _parameters(options: SlurmOptions, nodes: int, devices: int) -> dict[str, An
     }
 
 
-def _ends(jobs: Any, commands: Sequence[Command], began: float, queued: Any) -> Iterator[Outcome]:
+def _ends(jobs: Any, commands: Sequence[Command], began: float, slurm: bool) -> Iterator[Outcome]:
     """Yield outcomes as jobs write their results, or leave the queue without one."""
     absent: dict[str, int] = dict.fromkeys((job.job_id for job in jobs), 0)
     looked = time.monotonic()
@@ -282,21 +282,18 @@ def _ends(jobs: Any, commands: Sequence[Command], began: float, queued: Any) -> 
             time.sleep(RESULT_SECONDS)
             if time.monotonic() > looked + QUEUE_SECONDS:
                 looked = time.monotonic()
-                if (there := queued(jobs)) is not None:
+                there = _queued() if slurm else {job.job_id for job in jobs if not job.done()}
+                if there is not None:
                     absent = {n: 0 if n in there else seen + 1 for n, seen in absent.items()}
         written = all(part.paths.result_pickle.exists() for part in parts)
         yield _outcome(command, began, 0 if written and job.exception() is None else 1)
 
 
-def _queued(_: Any) -> set[str] | None:
+def _queued() -> set[str] | None:
     """Names of this user's jobs in Slurm's queue, None while Slurm does not answer."""
     asked = ["squeue", "--me", "--array", "--noheader", "--format=%i"]
     listed = subprocess.run(asked, capture_output=True, text=True)
     return set(listed.stdout.split()) if listed.returncode == 0 else None
-
-
-def _alive(jobs: Any) -> set[str]:
-    return {job.job_id for job in jobs if not job.done()}
 
 
 def run_in_job(command: Command) -> None:

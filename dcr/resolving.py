@@ -280,17 +280,13 @@ RANGES = {
 
 def check(config: ScriptSettings) -> None:
     """Raises ConfigError, naming key, value and cure, for the first setting that cannot be."""
-    every = list(_entries(config))
-    for key, entry, value in every:
+    for key, entry, value in _entries(config):
         # an interpolation may give text where a list belongs, which would be read by letter
         if "list[" in str(entry.type) and not isinstance(value, (list, type(None))):
             raise ConfigError(f"{key}={value}: give a list, as in {key}=[a,b]")
-    for key, entry, value in every:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            known = RANGES.get(key) or RANGES.get(entry.name)
-            holds, cure = (
-                entry.metadata.get("range") or known or (math.isfinite, "give a finite number")
-            )
+            known = entry.metadata.get("range") or RANGES.get(key) or RANGES.get(entry.name)
+            holds, cure = known or (math.isfinite, "give a finite number")
             if not (math.isfinite(value) and holds(value)):
                 raise ConfigError(f"{key}={value}: {cure}")
     for fault in _contradictions(config):

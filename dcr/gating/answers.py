@@ -71,10 +71,7 @@ class Gated(Change):
         if settings.calibrate is not None:
             asked = biases.validation(settings)
             begun = biases.stored_beginnings(bare, asked, plain)
-            scores = {
-                name: {row.id: row.score for row in rows}
-                for name, rows in scored(subject, asked).items()
-            }
+            scores = self.masses(subject, asked, plain)
             threshold, blocks["calibration"] = choose_threshold(settings, begun, scores)
             node = replace(node, threshold=threshold)
             subject.settings = replace(settings, gating=node)  # pyright: ignore[reportCallIssue]

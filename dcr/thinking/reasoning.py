@@ -90,7 +90,7 @@ class Thinking(Change):
         subject.thoughts |= {row.prompt: row.ids for rows in kept.values() for row in rows}
 
     def measured(self, subject: Local, answers: Answers, folder: Path) -> dict[str, Any]:
-        """By set: who ended the thoughts, and the refusals in thoughts against those in answers."""
+        """Counts by set who ended the thoughts, and refusals in them against those in answers."""
         counted = {}
         for name, rows in answers.items():
             kept = storage.read_lines(folder / PLACE / f"{name}.jsonl", Thought)
