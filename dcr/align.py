@@ -103,12 +103,7 @@ def _check(base: Job, stl: Job, dcr: Job, gated: bool) -> None:
 
 
 def _aligned(
-    out: Path,
-    base: Job,
-    dcr: Job,
-    training: Sequence[str],
-    evaluating: Sequence[str],
-    gated: bool,
+    out: Path, base: Job, dcr: Job, training: Sequence[str], evaluating: Sequence[str], gated: bool
 ) -> str:
     """Do all parts in order and write the page with the reasons.
 

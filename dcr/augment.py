@@ -198,11 +198,7 @@ def augment(options: Options, settings: EvalSettings) -> Tally:
 
 
 def _answered(
-    author: Author,
-    out: Path,
-    rows: list[Example],
-    attempts: Sequence[EvalSettings],
-    tally: Tally,
+    author: Author, out: Path, rows: list[Example], attempts: Sequence[EvalSettings], tally: Tally
 ) -> list[Answer]:
     """Ask for the rows that `out` lacks, attempt by attempt; returns all of its answers."""
     every = known_answers(out, author.name, rows, tally.unfit)

@@ -136,10 +136,7 @@ def write(checkpoint: dict[str, Any], folder: Path, module: nn.Module) -> None:
         if places[0] is None:
             raise fault or RuntimeError("rank 0 could not write")
         try:
-            save(
-                tensors,
-                storage_writer=HuggingFaceStorageWriter(places[0], save_distributed=True),
-            )
+            save(tensors, storage_writer=HuggingFaceStorageWriter(places[0], save_distributed=True))
         except CheckpointException as error:  # a BaseException
             raise RuntimeError(str(next(iter(error.failures.values()))[0])) from error
         if staging is not None:

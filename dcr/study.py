@@ -524,8 +524,8 @@ def _stage_cell(job: Job, stage: Stage, first: dict[str, str], seconds: list[flo
             return f"that of {first.get(key, 'an earlier run')}"
         first[key] = job.name
     settings, _ = continuing.with_precisions(settings, job.run.precisions())
-    drawn, *_ = plan.expected(settings)
-    of = plan.stage_plan(settings, stage, cost.stage_shape(settings, stage), drawn)
+    shape = cost.stage_shape(settings, stage)
+    of = plan.stage_plan(settings, stage, shape, data.rows_of(settings))
     seconds.append(of.flops / cost.throughput(settings, of.precision, of.shape.width).flops)
     return plan.duration(seconds[-1])
 

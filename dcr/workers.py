@@ -139,13 +139,7 @@ class Workers:
         return ProcessPoolExecutor(self.count, context, _begin, arguments)
 
 
-def _begin(
-    parent: int,
-    numbers: Any,
-    threads: int,
-    subject: Local,
-    current: Passes,
-) -> None:
+def _begin(parent: int, numbers: Any, threads: int, subject: Local, current: Passes) -> None:
     """Prepares a new process: one GPU, its share of threads, the subject."""
     ending.end_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C reaches all; the first one ends us

@@ -34,7 +34,6 @@ from dcr.core.runs import Run
 from dcr.extensions import TrainSettings
 from dcr.overlaps import overlaps
 from dcr.own import Named
-from dcr.plan import expected
 from dcr.stl_aug import AugmentConfig
 from dcr.stl_aug.rows import read_answers
 from tests import forked, tiny_run
@@ -497,7 +496,7 @@ def test_stl_aug_trains_on_the_rows_of_stl_and_the_answers(tmp_path: Path) -> No
     with pytest.raises(ConfigError, match=r"^stage=contrastive method=stl_aug: "):
         tiny_run.settings(tmp_path / "data", "method=stl_aug", "stage=contrastive")
     told = tiny_run.settings(tmp_path / "data", "method=stl_aug", *more)
-    assert len(expected(told)[0].augmented) == len(nouns) * 2  # as a plan counts them
+    assert len(data.rows_of(told).augmented) == len(nouns) * 2  # as a plan counts them
     plain = tiny_run.changed(told, "method=stl", "stl_aug.responses=null")
     for settings, name in ((told, "stl_aug"), (plain, "stl")):
         train.train(settings, Run(tmp_path / name))

@@ -44,7 +44,7 @@ def settings(*overrides: str) -> TrainConfig:
 
 
 def stage(told: TrainConfig, which: Stage) -> plan.StagePlan:
-    drawn, _, _ = plan.expected(told)
+    drawn = data.rows_of(told)
     return plan.stage_plan(told, which, cost.stage_shape(told, which), drawn)
 
 
@@ -211,7 +211,7 @@ def test_a_prompt_that_training_refuses_is_refused(local: Path, tmp_path: Path) 
 
 def test_tokens_of_a_local_folder_are_counted(local: Path) -> None:
     told = settings(f"model.name={local}", "sft.batch_size=9", "sft.max_len=4000")
-    drawn, _, _ = plan.expected(told)
+    drawn = data.rows_of(told)
     load = stage(told, Stage.sft).load
     answers = [r.response.strip() for r in [*drawn.normal, *drawn.refusals] if r.response]
     assert load.labelled == sum(len(a.encode()) + 1 for a in answers)  # bytes and the end token
@@ -224,7 +224,7 @@ def test_tokens_computed_here_are_those_that_passes_lay_out(local: Path, which: 
     told = settings(f"model.name={local}", "sft.lora.dropout=0", "sft.max_len=4000")
     made, (batches, prefix) = (
         stage(told, which),
-        plan.batches_of(told, which, plan.expected(told)[0]),
+        plan.batches_of(told, which, data.rows_of(told)),
     )
     backbone = structure.backbone(AutoModelForCausalLM.from_pretrained(local))
     packs, found = packing.packs(backbone, torch.device("cpu")), []
@@ -250,7 +250,7 @@ def test_tokens_computed_here_are_those_that_passes_lay_out(local: Path, which: 
 
 def test_estimated_tokens_are_a_quarter_of_the_characters() -> None:
     told = settings("model=llama3_8b", "sft.max_len=4000")
-    drawn, _, _ = plan.expected(told)
+    drawn = data.rows_of(told)
     answers = [r.response or "" for r in [*drawn.normal, *drawn.refusals]]
     expected = sum(math.ceil(len(answer) / 4) + 1 for answer in answers)
     assert stage(told, Stage.sft).load.labelled == expected

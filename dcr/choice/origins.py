@@ -16,15 +16,8 @@ LIMIT = 200  # prompts of each class of a pair
 FEWEST = 10  # fewer say nothing
 
 # Usual candidates; the first two have the paper's seemingly toxic source.
-ALTERNATIVES = (
-    "xstest_safe:stl_safety",
-    "xstest_safe:xstest_unsafe",
-    "orbench_hard:harmfulqa",
-)
-DEMO_ALTERNATIVES = (
-    "demo_seemingly_toxic:demo_toxic",
-    "demo_seemingly_toxic:demo_toxic_matched",
-)
+ALTERNATIVES = ("xstest_safe:stl_safety", "xstest_safe:xstest_unsafe", "orbench_hard:harmfulqa")
+DEMO_ALTERNATIVES = ("demo_seemingly_toxic:demo_toxic", "demo_seemingly_toxic:demo_toxic_matched")
 
 
 @dataclass(frozen=True)
@@ -106,7 +99,10 @@ def gathered(
     material = Material([first], {}, {})
     draw = functools.partial(_drawn, root=data.root, limit=limit, seed=seed)
     _readable(material, first, draw, asked=True)
-    for pair in _alternatives(data, first) if pairs is None else parsed("pairs", pairs):
+    # the usual candidates are of the embedded corpus alone where nothing else is configured
+    others = data.root is not None or any(n in SOURCES and not _embedded(n) for n in first.names)
+    usual = ",".join(ALTERNATIVES if others else DEMO_ALTERNATIVES)
+    for pair in parsed("pairs", usual if pairs is None else pairs):
         known = pair in material.candidates
         if not known and _readable(material, pair, draw, asked=pairs is not None):
             material.candidates.append(pair)
@@ -146,12 +142,6 @@ def _readable(
         material.notes.append(f"{pair}: left out ({error})")
         return False
     return True
-
-
-def _alternatives(data: DataConfig, first: SourcePair) -> list[SourcePair]:
-    """The usual candidates: of the embedded corpus alone where nothing else is configured."""
-    in_use = data.root is not None or any(n in SOURCES and not _embedded(n) for n in first.names)
-    return parsed("pairs", ",".join(ALTERNATIVES if in_use else DEMO_ALTERNATIVES))
 
 
 def usual_tests(data: DataConfig) -> dict[str, SourcePair]:

@@ -86,12 +86,8 @@ class Choice:
 
     def by_transfer(self) -> list[PairTransfer]:
         """Pairs by falling transfer to the common sets; in their own order without such sets."""
-
-        def order(pair: PairTransfer) -> float:
-            shared = pair.on(self.common)
-            return -shared.estimate if shared else 0.0
-
-        return sorted(self.pairs, key=order)
+        shared = {id(pair): pair.on(self.common) for pair in self.pairs}
+        return sorted(self.pairs, key=lambda p: -of.estimate if (of := shared[id(p)]) else 0.0)
 
     def record(self) -> dict[str, Any]:
         """The choice as JSON holds it."""

@@ -39,11 +39,7 @@ Arrivals = Generator[tuple[int, Answer | Failure], None, None]
 
 
 def chats(
-    server: ServerConfig,
-    http: HTTPConfig,
-    conversations: Sequence[Sequence[Message]],
-    *,
-    node: str,
+    server: ServerConfig, http: HTTPConfig, conversations: Sequence[Sequence[Message]], *, node: str
 ) -> Arrivals[Reply]:
     """The answers to `conversations`, in order of arrival.
 

@@ -120,10 +120,7 @@ def wording(settings: WildGuardConfig) -> str:
 def labels_of(text: str) -> tuple[str | None, str | None]:
     """Compliance and safety as WildGuard's lines say; None for N/A and for a missing line."""
     labels = []
-    for name, said in (
-        ("response refusal", REFUSAL),
-        ("harmful response", HARM),
-    ):
+    for name, said in (("response refusal", REFUSAL), ("harmful response", HARM)):
         line = re.search(rf"^[ \t]*{name}[ \t]*:[ \t]*(\S+)[ \t\r]*$", text, re.I | re.M)
         labels.append(said.get(line[1].lower()) if line else None)
     return labels[0], labels[1]

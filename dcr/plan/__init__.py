@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from dcr import continuing, entry, readout
+from dcr import balance, continuing, entry, readout
 from dcr.core import config, data, machine
 from dcr.core.config import Method, Precision, Stage
 from dcr.core.config.training import TrainConfig, stages_of
@@ -23,7 +23,6 @@ from dcr.plan.rows import (
     batches_of,
     chat_of,
     computed,
-    expected,
     load_of,
     shared_prefix,
     tokenizer_is_here,
@@ -71,7 +70,9 @@ def describe(settings: TrainConfig) -> str:
     settings, arithmetic = continuing.with_precisions(settings, recorded)
     notes = [f"precision: {arithmetic.told}", *([arithmetic.slow] if arithmetic.slow else [])]
     shapes = {stage: stage_shape(settings, stage) for stage in chain}
-    drawn, balanced, more = expected(settings)
+    drawn = data.rows_of(settings)
+    balanced = balance.balance(drawn.seemingly_toxic, drawn.toxic)
+    more = [*drawn.told(), *([balanced.warning] if balanced and balanced.warning else [])]
     if run:
         continuing.check_config(run, config.plain(settings), settings.force)
         continuing.check_rows(run, data.row_record(drawn), settings.force)

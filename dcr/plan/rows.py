@@ -6,9 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dcr import balance
-from dcr.balance import Balance
-from dcr.core import data, prompts
+from dcr.core import prompts
 from dcr.core.config import EMBEDDED_MODEL, TINY_MODEL, ModelConfig, Stage
 from dcr.core.config.training import TrainConfig
 from dcr.core.data import Splits
@@ -25,17 +23,6 @@ COUNTING_TEMPLATE = (
     "{% for m in messages %}<|im_start|><|im_start|>\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|><|im_start|>\n{% endif %}"
 )
-
-
-def expected(settings: TrainConfig) -> tuple[Splits, Balance | None, list[str]]:
-    """The rows a run would draw, the balance of stage one's rows in form, and notes.
-
-    Raises UserError for data that training would refuse.
-    """
-    rows = data.rows_of(settings)
-    balanced, notes = balance.balance(rows.seemingly_toxic, rows.toxic), rows.told()
-    warned = [balanced.warning] if balanced and balanced.warning else []
-    return rows, balanced, [*notes, *warned]
 
 
 def tokenizer_is_here(config: ModelConfig) -> bool:
