@@ -60,10 +60,11 @@ arms: $(INSTALLED)  ## four arms on five seeds, compared on the rows kept apart
 	$(RUN) -m dcr.frontier plan=docs/evidence/arms.yaml $(ARMS) safety=0.65 out=$(ARMS)/lower.json
 
 # Offline once installed; two workers, and each test file stays on one so that its fixtures are built once.
+# Files come by name: xdist would begin with those of many tests, and end with the few that take longest.
 test: export HF_HUB_OFFLINE := 1
 test: export WANDB_MODE := offline
 test: $(INSTALLED)  ## the test suite, offline
-	$(RUN) -m pytest -n 2 --dist loadfile
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 campaign: $(INSTALLED)  ## hostile settings, data, files, run folders and secrets; kills
 	$(RUN) tests/campaign --seed 0
