@@ -104,7 +104,7 @@ def settings_of(chat: ChatFormat, new: int) -> GenerationConfig:
 def batches_as_they_come(
     policy: Policy, chat: ChatFormat, rows: Sequence[Example], new: int, batch: int
 ) -> Answers:
-    """What one writes by hand: tokenizer padding on the left, then `generate`."""
+    """Answers as one writes it by hand: the tokenizer pads on the left, then `generate` runs."""
     tokenizer: Any = policy.tokenizer
     tokenizer.padding_side = "left"
     found: Answers = {}
@@ -225,7 +225,7 @@ def _text(chat: ChatFormat, answer: list[int] | str) -> str:
 
 
 def _measured(options: dict[str, str], variant: str) -> dict[str, Any]:
-    """What a variant measures in a process of its own."""
+    """Measures a variant in a process of its own."""
     given = [f"{key}={value}" for key, value in (options | {"variant": variant}).items()]
     command = [sys.executable, __file__, *given]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

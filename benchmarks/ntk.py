@@ -132,7 +132,7 @@ def comparison(model: Any, small: Rows, full: Rows, settings: Settings) -> Table
 
 
 def doubled(model: Any, small: Rows, twice: Rows, settings: Settings) -> Table:
-    """What the exact kernel costs when one thing doubles."""
+    """Measures the cost of the exact kernel when one thing doubles."""
     cases = {
         "prompts": (model, twice, settings),
         "k": (model, small, dataclasses.replace(settings, top_k=2 * settings.top_k)),

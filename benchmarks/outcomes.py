@@ -94,7 +94,7 @@ class Fits:
         return rules.fitted([row for row in self.rows if row.model in models] + self.invented)
 
     def outcomes(self, models: frozenset[str]) -> Weights:
-        """Of answered, and of refused against what does both."""
+        """The weights of answered, and of refused against what does both."""
         rows = [row for row in self.rows if row.model in models] + self.own
         seen = [
             outcomes.features(row.asked, row.response, self.keyword_rules(models - {row.model}))

@@ -56,7 +56,7 @@ def study(ratios: list[str], threads: str) -> None:
 def cpu_seconds(
     variant: Callable[[list[str], str], None], ratios: list[str], threads: str
 ) -> float:
-    """Of all its processes, in a folder that is empty before."""
+    """The CPU seconds of all its processes, in a folder that is empty before."""
     Path(variant.__name__).mkdir()
     os.chdir(variant.__name__)
     before = os.times()
