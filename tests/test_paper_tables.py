@@ -341,7 +341,7 @@ def hostile_table() -> TextTable:
 
 
 def test_csv_is_parseable_and_holds_no_formula() -> None:
-    header, first, second = csv.reader(io.StringIO(writing.csv_text(hostile_table())))
+    header, first, second = csv.reader(io.StringIO(writing.WRITERS["csv"](hostile_table())))
     assert len(header) == len(first) == len(second) == 5 + 2 * 5 + 1
     row = dict(zip(header, first, strict=True))
     assert row["model"] == f"'=1+1\n{HOSTILE}"
@@ -380,7 +380,7 @@ def test_latex_is_balanced_and_escaped(tmp_path: Path) -> None:
 
 
 def test_html_is_escaped_alone_and_in_the_page(tmp_path: Path) -> None:
-    names = parsed(writing.html_page(hostile_table())).names
+    names = parsed(writing.WRITERS["html"](hostile_table())).names
     assert "script" not in names
     assert names.count("tr") == 3
     run = suite(tmp_path / "a", model="<img src=x onerror=alert(1)>", **MEASURED)

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,21 +61,15 @@ class Options:
 @entry.command(Options)
 def main(options: Options) -> None:
     """Prints the table and the files' places."""
-    words = [
-        str(folder)
-        for folder in options.folders
-        if str(folder).startswith("own.") and "=" in str(folder) and not folder.exists()
-    ]
+    # a sweep's folders may hold a = themselves
+    words = [str(word) for word in options.folders if "=" in str(word) and not word.exists()]
     options.folders = [folder for folder in options.folders if str(folder) not in words]
-    _check(options)
+    _check(options, words)
     own, wanted = {}, [*options.table, *options.figure, *(["claims"] if options.claims else [])]
     if words or any(":" in name for name in wanted):
         from dcr.report.own import sections
 
-        tables, figures = (
-            [name for name in names if ":" in name] for names in (options.table, options.figure)
-        )
-        own = sections(tables, figures, words)
+        own = sections(options.table, options.figure, words)
     out = _page(options, {*wanted, *own}, own)
     from dcr.report import building  # help and a slip need no drawing library
 
@@ -85,18 +79,15 @@ def main(options: Options) -> None:
     print(f"{table}\n\npage: {out}")
 
 
-def _check(options: Options) -> None:
+def _check(options: Options, words: Sequence[str]) -> None:
     """Raises UserError, naming the choices, for a word that is neither a folder nor a setting."""
-    for folder in options.folders:
-        if "=" in str(folder) and not folder.exists():  # a sweep's folders may hold one
-            raise UserError(f"{folder}: neither a folder nor a setting (out, margin, data)")
+    for word in words:
+        if not word.startswith("own."):
+            raise UserError(f"{word}: neither a folder nor a setting (out, margin, data)")
     if not options.folders:
         raise UserError("no run folder given; see python -m dcr.report --help")
-    for key, names, known in (
-        ("table", options.table, TABLES),
-        ("figure", options.figure, FIGURES),
-    ):
-        for name in names:
+    for key, known in (("table", TABLES), ("figure", FIGURES)):
+        for name in getattr(options, key):
             if name not in known and ":" not in name:
                 raise ConfigError(
                     f"{key}={name}: choose one of {', '.join(known)}, or your own as module:Class"

@@ -298,9 +298,7 @@ def shared_label(labels: Sequence[Sequence[str]]) -> tuple[str, ...]:
 
 
 def seed_groups(columns: Sequence[Column]) -> list[Group]:
-    """Columns that differ only by seed, where there are two or more, and each such group's
-    difference from that of STL.
-    """
+    """Columns that differ by seed alone, two or more, and each such group's difference from STL."""
     places: dict[str, dict[str, int]] = {}
     for place, column in enumerate(columns):
         if column.about("method") not in UNTRAINED:

@@ -84,15 +84,15 @@ def partners(columns: Sequence[Column]) -> Iterator[tuple[Column, Column, list[s
 def differing_settings(a: Column, b: Column) -> list[str]:
     """Settings of stage two in which two runs differ, which no comparison should hide."""
     configs = []
-    for column in (a, b):
+    for column in (b, a):
         config = column.run.config
         data = node if isinstance(node := config.get("data"), dict) else {}
         sft = dict(config.get("sft") or {})
         if "readout" not in column.stages:
             sft["readout"] = {"steps": 0}
-        parts = {"sft": sft, "data.safety": data.get("safety")}
-        configs.append(flattened(parts | {"data.normal": data.get("normal")}))
-    return storage.differences(configs[1], configs[0])
+        parts = {"sft": sft} | {f"data.{rows}": data.get(rows) for rows in ("safety", "normal")}
+        configs.append(flattened(parts))
+    return storage.differences(*configs)
 
 
 def paired_sets(a: Column, b: Column, completions: Completions) -> list[PairedSet]:
@@ -121,8 +121,7 @@ def paired_sets(a: Column, b: Column, completions: Completions) -> list[PairedSe
 
 def points(difference: Interval) -> str:
     """`+3.0 [-1.2, +7.0]`: an interval in percentage points."""
-    ends = (difference.estimate, difference.low, difference.high)
-    estimate, low, high = (100 * end for end in ends)
+    estimate, low, high = (100 * end for end in vars(difference).values())
     return f"{estimate:+.1f} [{low:+.1f}, {high:+.1f}]".replace("-", "−")
 
 

@@ -34,15 +34,14 @@ NAMES = {
     "wildguard": "WildGuard",
     "moderation": "moderation",
 }
+PARTS = {"test": "test part", "final": "final part", "heldout": "held out"}  # of a set, by its end
 SET_WORDS = {
     "advbench": "AdvBench",
     "coconot_contrast": "CoCoNot, contrast set",
     "coconot_original": "CoCoNot, unsafe requests",
     "coconot_safety": "CoCoNot, contrast on safety",
     "contrasts_seemingly_toxic": "contrasts, seemingly toxic",
-    "contrasts_seemingly_toxic_heldout": "contrasts, seemingly toxic, held out",
     "contrasts_toxic": "contrasts, toxic",
-    "contrasts_toxic_heldout": "contrasts, toxic, held out",
     "demo_normal_heldout": "demo, normal",
     "demo_seemingly_toxic_heldout": "demo, seemingly toxic",
     "demo_toxic_heldout": "demo, toxic",
@@ -68,9 +67,7 @@ SET_WORDS = {
     "phtest_harmless": "PHTest, harmless",
     "q_harm": "Q-Harm",
     "registers_seemingly_toxic": "registers, seemingly toxic",
-    "registers_seemingly_toxic_heldout": "registers, seemingly toxic, held out",
     "registers_toxic": "registers, toxic",
-    "registers_toxic_heldout": "registers, toxic, held out",
     "sorrybench": "SORRY-Bench",
     "strongreject": "StrongREJECT",
     "wildguardtest_harmful": "WildGuardTest, harmful",
@@ -151,8 +148,8 @@ def in_words(label: str) -> str:
 
     def told(found: re.Match[str]) -> str:
         whole, _, part = found[0].rpartition("_")
-        if part in ("test", "final") and whole in SET_WORDS:
-            return f"{SET_WORDS[whole]}, {part} part"
+        if part in PARTS and whole in SET_WORDS:
+            return f"{SET_WORDS[whole]}, {PARTS[part]}"
         return SET_WORDS.get(found[0], found[0])
 
     return re.sub(r"\w+", told, label)
@@ -260,9 +257,8 @@ def accuracy(evaluation: Evaluation, task: str, metric: str) -> Cell | None:
     if row is None:
         return None
     low, high = (None if math.isnan(end) else end for end in (row["low"], row["high"]))
-    overlap = evaluation.contamination.get(task)
-    touched = f"{ways_of(overlap)} in training" if overlap and overlap.any else ""
-    return Cell(row["value"], low, high, n=row["n"], marks=marks_of([row]), aside=touched)
+    seen = _in_training(evaluation, task)
+    return Cell(row["value"], low, high, n=row["n"], marks=marks_of([row]), aside=seen)
 
 
 def ranked(evaluation: Evaluation, quantity: str, percent: bool = False) -> Cell | None:
@@ -391,12 +387,14 @@ def rate_rows(
 
 def _seen(column: Column, name: str) -> list[str]:
     """Words beside a set: the counts of its prompts that training, steering or gate saw."""
-    counts, overlap = column.evaluation.sets[name], column.evaluation.contamination.get(name)
+    counts, seen = column.evaluation.sets[name], _in_training(column.evaluation, name)
     steered = counts.seen_by_steering
-    return [
-        f"{ways_of(overlap)} in training" if overlap and overlap.any else "",
-        f"{steered} of {counts.n} seen by steering or gate" if steered else "",
-    ]
+    return [seen, f"{steered} of {counts.n} seen by steering or gate" if steered else ""]
+
+
+def _in_training(evaluation: Evaluation, name: str) -> str:
+    overlap = evaluation.contamination.get(name)
+    return f"{ways_of(overlap)} in training" if overlap and overlap.any else ""
 
 
 def ways_of(overlap: Overlap) -> str:

@@ -95,19 +95,17 @@ def _groups(chosen: Selection) -> list[Alike]:
             grouped.setdefault(key, []).append(column)
     groups = [group for of in grouped.values() if (group := _alike(of, chosen.margin))]
     settings = [flattened(_shared(group.reference.column)) for group in groups]
-    apart = [
-        k for k in dict.fromkeys(chain(*settings)) if len({told(of, k) for of in settings}) > 1
-    ]
-    groups = [
-        replace(group, title=", ".join([group.title, *(f"{key}={told(of, key)}" for key in apart)]))
-        for group, of in zip(groups, settings, strict=True)
-    ]
     if not groups:
         raise UserError(
             f"figure operating_points: no unsteered STL evaluation with steered or other ones on "
             f"the same prompts in {folders(chosen.records)}; {SWEEP}"
         )
-    return groups
+    keys = dict.fromkeys(chain(*settings))
+    apart = [key for key in keys if len({told(of, key) for of in settings}) > 1]
+    return [
+        replace(group, title=", ".join([group.title, *(f"{key}={told(of, key)}" for key in apart)]))
+        for group, of in zip(groups, settings, strict=True)
+    ]
 
 
 def _shared(column: Column) -> dict[str, Any]:

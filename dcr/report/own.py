@@ -23,7 +23,7 @@ from dcr.report.sections import (
 def sections(
     tables: Sequence[str], figures: Sequence[str], settings: Sequence[str]
 ) -> dict[str, Section]:
-    """The sections of these paths, `module:Class`, by class name.
+    """The sections of those names that are paths, `module:Class`, by class name.
 
     `settings` are words `own.<Class>.<field>=value`. Raises ConfigError for a path that names no
     such class, and for settings that the class does not have or refuses.
@@ -34,11 +34,11 @@ def sections(
         name, _, field = key.partition(".")
         given.setdefault(name, {})[field] = value
     made = {}
-    for option, base, paths, endings in (
+    for option, base, names, endings in (
         ("table", Table, tables, TABLE_ENDINGS),
         ("figure", Figure, figures, FIGURE_ENDINGS),
     ):
-        for path in paths:
+        for path in (name for name in names if ":" in name):
             own: type = loading.load(path, base, option)
             if own.__name__ in {*SECTIONS, *made}:
                 raise ConfigError(f"{option}={path}: a section {own.__name__} is there; rename it")

@@ -181,9 +181,8 @@ def table5(chosen: Selection) -> TextTable:
         for judge, model in grids.judges_of([column.evaluation]):
             name = grids.NAMES.get(judge, judge)
             cells = _judged(column, (judge, model))
-            if (
-                cells or judge in grids.NAMES
-            ):  # outcomes and labels of one's own are other quantities
+            # outcomes and labels of one's own are other quantities
+            if cells or judge in grids.NAMES:
                 rows.append(our_row(column, cells, f"{name}: {model}" if model else name))
     for method, by_column in facts()["table5_judges"]["rows"].items():
         for judge in dict.fromkeys(judge for column in by_column.values() for judge in column):
@@ -276,9 +275,8 @@ def suite(column: Column) -> Cells:
         cells = {k: (by_guard if k in SAFETY else by_keywords).get(k) for k in (*SETS, *SAFETY)}
     for head, (task, metric) in ABILITY.items():
         # a task may have no normalised accuracy
-        cells[head] = grids.accuracy(evaluation, task, metric) or grids.accuracy(
-            evaluation, task, "acc"
-        )
+        known = (grids.accuracy(evaluation, task, each) for each in (metric, "acc"))
+        cells[head] = next(filter(None, known), None)
     won = evaluation.quality
     if won and won.win_rate is not None:
         reach = NORMAL * (won.standard_error or 0.0)
@@ -288,10 +286,9 @@ def suite(column: Column) -> Cells:
 
 def _guard(column: Column) -> By | None:
     """The judge and model whose verdicts stand for safety."""
-    known = [
-        column.evaluation.sets[name] for name in PAPER_SAFETY if name in column.evaluation.sets
-    ]
-    judges = {judge: of.model for counts in known for judge, of in counts.judged.items()}
+    sets = column.evaluation.sets
+    known = [sets[name].judged for name in PAPER_SAFETY if name in sets]
+    judges = {judge: of.model for judged in known for judge, of in judged.items()}
     return next(((judge, judges[judge]) for judge in GUARDS if judge in judges), None)
 
 
@@ -320,15 +317,12 @@ def _safety_sets(column: Column, by: By) -> list[str]:
 
 def _over_all_sets(column: Column) -> Cells:
     """Compliance and refusal over all sets, and how well the kinds are ranked."""
-    cells = {}
+    evaluation, cells = column.evaluation, dict[str, Cell | None]()
     for kind, quantity in grids.WANTED.items():
         names = grids.together(grids.set_names([column], kind))
-        if cell := grids.rate(column.evaluation, names, quantity):
-            cells[quantity] = cell
-    for head, quantity in RANKED.items():
-        if cell := grids.ranked(column.evaluation, quantity):
-            cells[head] = cell
-    return cells
+        cells[quantity] = grids.rate(evaluation, names, quantity)
+    cells |= {head: grids.ranked(evaluation, quantity) for head, quantity in RANKED.items()}
+    return {head: cell for head, cell in cells.items() if cell}
 
 
 def _cost(column: Column, stage: str, devices: list[str]) -> Cells:

@@ -230,17 +230,13 @@ class Completions:
 
     def __call__(self, evaluation: Evaluation, name: str) -> list[Answer]:
         """An evaluation's answers to a set. DataError for a damaged line."""
-        path = evaluation.folder / f"{name}.jsonl"
-        if path not in self.read:
-            self.read[path] = self._judged(path, evaluation, name)
-        return self.read[path]
-
-    def _judged(self, path: Path, evaluation: Evaluation, name: str) -> list[Answer]:
+        path, counts = evaluation.folder / f"{name}.jsonl", evaluation.sets[name]
+        if path in self.read:
+            return self.read[path]
         if not path.is_file():
             self.notes.append(f"{path}: missing; no completions of it are shown or compared")
-            return []
-        counts = evaluation.sets[name]
-        answers = [
+            return self.read.setdefault(path, [])
+        answers = self.read[path] = [
             Answer(
                 answer.id, printable(answer.prompt), printable(answer.response), answer.ended,
                 answer.refusal_mass,

@@ -149,10 +149,8 @@ def faults(chosen: Selection) -> Grid:
         return tuple(c and grids.words(f"{round(c.estimate * (c.n or 0))} of {c.n}") for c in cells)
 
     for fault, label in FAULTS.items():
-        total, by_set = (
-            counts(grids.together(names), fault),
-            [counts([name], fault) for name in names],
-        )
+        total = counts(grids.together(names), fault)
+        by_set = [counts([name], fault) for name in names]
         # only an endpoint leaves prompts unanswered, so the row stands only if there are any
         told = [cell for cells in by_set for cell in cells if cell and cell.text[:2] != "0 "]
         if any(total) and (told or fault != "unanswered"):
@@ -188,29 +186,23 @@ def calibrated(chosen: Selection) -> TextTable | None:
     for column in chosen.columns:
         evaluation = column.evaluation
         calibration = evaluation.calibration
-        if calibration is None or calibration.target is None:
+        if calibration is None or (target := calibration.target) is None:
             continue
-        target = calibration.target
         for name, of in calibration.sets.items():
-            if of.kind is not Kind.toxic or not of.n:
-                continue
-            cell = Cell(of.refused / of.n, n=of.n)
-            about = f"{grids.in_words(name)}, chosen on"
-            rows.append((column.name, about, *_against(target, cell), "–"))
+            if of.kind is Kind.toxic and of.n:
+                told = _against(target, Cell(of.refused / of.n, n=of.n))
+                rows.append((column.name, f"{grids.in_words(name)}, chosen on", *told, "–"))
         names = grids.set_names([column], Kind.toxic)
         for label, sets in [*((name, [name]) for name in names), ("all sets", names)]:
             pooled = grids.together(sets) or sets
-            if (refused := grids.rate(evaluation, pooled, "refused")) is None:
-                continue
-            told = grids.text_of(grids.rate(evaluation, pooled, "refused", grids.OUTCOME))
-            rows.append((column.name, grids.in_words(label), *_against(target, refused), told))
+            if refused := grids.rate(evaluation, pooled, "refused"):
+                judged = grids.text_of(grids.rate(evaluation, pooled, "refused", grids.OUTCOME))
+                told = *_against(target, refused), judged
+                rows.append((column.name, grids.in_words(label), *told))
     heads = "run", "toxic prompts", "target, %", "refused, %", "off by", "refused by outcome, %"
     return TextTable.of(rows, *heads)
 
 
 def _against(target: float, refused: Cell) -> tuple[str, str, str]:
-    return (
-        f"{100 * target:.0f}",
-        grids.text_of(refused),
-        f"{100 * (refused.estimate - target):+.1f}",
-    )
+    off_by = f"{100 * (refused.estimate - target):+.1f}"
+    return f"{100 * target:.0f}", grids.text_of(refused), off_by

@@ -82,21 +82,11 @@ def latex(table: TextTable) -> str:
     )
 
 
-def html_page(table: TextTable) -> str:
-    """The table as a page of its own."""
-    return templates().get_template("table_page.html").render(table=table)
-
-
-def csv_text(table: TextTable) -> str:
-    """The values in full precision."""
-    return results.csv_text(table.frame if table.values is None else table.values)
-
-
 WRITERS: dict[str, Callable[[TextTable], str]] = {
     "md": markdown,
-    "csv": csv_text,
+    "csv": lambda table: results.csv_text(table.frame if table.values is None else table.values),
     "tex": latex,
-    "html": html_page,
+    "html": lambda table: templates().get_template("table_page.html").render(table=table),
 }
 
 
