@@ -1,8 +1,10 @@
 """Write the dashboard of a W&B project: a workspace and a report with the same panels."""
 
+import itertools
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,11 +98,9 @@ def _save(options: Options, made_with: Mapping[str, str]) -> tuple[str, str]:
         report.id = next(mine, "")
     report.save()  # creates the project as well
     workspace._internal_name = f"nw-{VIEW}-v"
-    try:
+    with suppress(ValueError):  # there is none yet
         known = Workspace.from_url(f"https://wandb.ai/{place}?nw={VIEW}")
         workspace._internal_id = known._internal_id
-    except ValueError:  # there is none yet
-        pass
     workspace.save()
     return workspace.url, report.url
 
@@ -118,12 +118,8 @@ def specification(project: str, entity: str, made_with: Mapping[str, str]) -> tu
     from dcr.wandb_scores import AXES
 
     views = _training_views() | _evaluation_views()  # their keys are those that runs log
-    place = {method: i for i, method in enumerate(METHODS)}
-    colours = {
-        run: PALETTE[place[method] % len(PALETTE)]
-        for run, method in made_with.items()
-        if method in place
-    }
+    shades = dict(zip(METHODS, itertools.cycle(PALETTE), strict=False))
+    colours = {run: shades[method] for run, method in made_with.items() if method in shades}
     workspace = ws.Workspace(
         entity=entity,
         project=project,
@@ -188,7 +184,8 @@ def _evaluation_views() -> dict[str, list[Any]]:
 
     from dcr.wandb_scores import AXES
 
-    swept = ("dcr.layer", "dcr.margin", *AXES)
+    swept = map(wr.Config, ("dcr.layer", "dcr.margin", *AXES))
+    scores = (wr.SummaryMetric(f"eval/{key}") for key in SCORES)
     by_method = {"groupby": wr.Config("method"), "groupby_aggfunc": "mean"}
     compliance, refused, _ = SCORES
     return {
@@ -210,13 +207,7 @@ def _evaluation_views() -> dict[str, list[Any]]:
         "Sweep": [
             wr.ParallelCoordinatesPlot(
                 title="What was set and what came of it",
-                columns=[
-                    *(wr.ParallelCoordinatesPlotColumn(wr.Config(key)) for key in swept),
-                    *(
-                        wr.ParallelCoordinatesPlotColumn(wr.SummaryMetric(f"eval/{key}"))
-                        for key in SCORES
-                    ),
-                ],
+                columns=[wr.ParallelCoordinatesPlotColumn(of) for of in (*swept, *scores)],
                 layout=wr.Layout(w=24, h=10),
             )
         ],

@@ -136,7 +136,6 @@ class Job:
     evaluations: tuple[EvalSettings, ...]
 
     def parts(self) -> list[Part]:
-        """All parts in their order."""
         found: list[Part] = []
         if (settings := self.training) is not None:
             for stage in stages_of(settings):
@@ -202,10 +201,8 @@ def job_of(
     combined = cli.combinations(evaluating)
     if settings.method is Method.stl:
         combined += [[*each, f"steering={name}"] for name in steered for each in combined]
-    evaluations = [
-        replace(settings, run=str(run.folder)) for settings in _evaluations(combined, made_with)
-    ]
-    return Job(name, run, settings, tuple(evaluations))
+    asked = (replace(one, run=str(run.folder)) for one in _evaluations(combined, made_with))
+    return Job(name, run, settings, tuple(asked))
 
 
 def base_of(out: Path, settings: TrainConfig, evaluating: Sequence[str]) -> Job:
@@ -242,16 +239,11 @@ def _evaluations(
     combined: Sequence[Sequence[str]], made_with: Mapping[str, Any]
 ) -> list[EvalSettings]:
     """Settings of the evaluations of a run that is made with the settings `made_with`."""
-    composed = (cli.compose("eval", each, Options) for each in combined)
-    trained_on = resolving.own_paths(made_with)
-    return [
-        resolving.resolve(
-            cli.completed(one, made_with),
-            EvalSettings,
-            trained_on | resolving.own_paths(one),
-        )
-        for one in composed
-    ]
+    found, trained_with = list[EvalSettings](), resolving.own_paths(made_with)
+    for one in (cli.compose("eval", each, Options) for each in combined):
+        own = trained_with | resolving.own_paths(one)
+        found.append(resolving.resolve(cli.completed(one, made_with), EvalSettings, own))
+    return found
 
 
 def split_settings(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -271,10 +263,10 @@ def split_settings(words: Sequence[str]) -> tuple[list[str], list[str]]:
             continue
         key = word.lstrip("+~").split("=")[0]
         head = key.split(".")[0]
-        if head in SET_BY_STUDY or "=" not in word:
-            itself = head in SET_BY_STUDY
-            why = "a study sets it itself" if itself else "settings are written key=value"
-            raise ConfigError(f"{word}: {why}")
+        if head in SET_BY_STUDY:
+            raise ConfigError(f"{word}: a study sets it itself")
+        if "=" not in word:
+            raise ConfigError(f"{word}: settings are written key=value")
         if head not in training | evaluating:
             near = resolving.nearest(head, sorted(training | evaluating))
             offer = f"; did you mean {' or '.join(near)}?" if near else ""

@@ -1,7 +1,7 @@
 """Agreement of annotators with each other, and with every judge whose verdicts a run holds."""
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -48,24 +48,22 @@ def judged(
     Judges are the keyword rules and the outcomes as they are now, and others whose verdicts are
     stored; one asked in several ways has its folder's name. DataError for a damaged file.
     """
-    by_folder: dict[str, dict[str, str]] = {}
+    by_folder: defaultdict[str, dict[str, str]] = defaultdict(dict)
     prompts: dict[str, str] = {}
     for column in columns:
         for name in column.evaluation.sets:
             every = column.evaluation.answers(name)
             rows = [row for row in every if answer_fingerprint(row) in labelled]
             prompts |= {answer_fingerprint(row): row.prompt for row in rows}
-            said = by_folder.setdefault(OUTCOME, {})
+            said = by_folder[OUTCOME]
             for row in rows:
                 found = outcomes.outcome(row.prompt, row.response, row.ended)
                 said[answer_fingerprint(row)] = found.value
             for rules, outcome in keywords.RULES.items():
-                said = by_folder.setdefault(f"keyword:{rules}", {})
-                said |= dict(_said(by_keywords(rows, outcome)))
+                by_folder[f"keyword:{rules}"].update(_said(by_keywords(rows, outcome)))
             for file in sorted(column.evaluation.folder.glob(f"verdicts/*/{name}.jsonl")):
                 if (folder := file.parent.name).rpartition("-")[0] != OUTCOME:
-                    said = by_folder.setdefault(folder, {})
-                    said |= dict(_said(storage.read_lines(file, Verdict)))
+                    by_folder[folder].update(_said(storage.read_lines(file, Verdict)))
     judges = {folder: folder.rpartition("-")[0] or folder for folder in by_folder}
     times = Counter(judges.values())
     named = {f: judge if times[judge] == 1 else f for f, judge in judges.items()}
@@ -98,19 +96,11 @@ def agreements(
         groups = [prompts.get(each, each) for each in both]
         a, b = ([said[each] for each in both] for said in (one, other))
         yes, also = ([word in ANSWERED for word in said] for said in (a, b))
-        labels = set(other.values())
-        found.append(
-            Agreement(
-                first,
-                second,
-                len(both),
-                float(np.mean(np.equal(yes, also))),
-                inference.kappa(yes, also, groups, seed=SEED),
-                inference.kappa(a, b, groups, seed=SEED)
-                if labels <= LABELS.keys() and not labels <= SHARED
-                else None,
-            )
-        )
+        labels, same = set(other.values()), float(np.mean(np.equal(yes, also)))
+        alike = labels <= LABELS.keys() and not labels <= SHARED
+        answered = inference.kappa(yes, also, groups, seed=SEED)
+        classes = inference.kappa(a, b, groups, seed=SEED) if alike else None
+        found.append(Agreement(first, second, len(both), same, answered, classes))
     return found
 
 
@@ -127,17 +117,10 @@ def section(chosen: Selection) -> TextTable | None:
         return None
     labelled = {identity for labels in people.values() for identity in labels}
     judges, prompts = judged(chosen.columns, labelled)
-    rows = [
-        (
-            *map(printable, (each.first, each.second)),
-            each.n,
-            f"{each.same:.0%}",
-            _text(each.answered),
-            _text(each.classes),
-        )
-        for each in agreements(people, judges, prompts)
-    ]
-    notes = []
+    rows, notes = [], []
+    for each in agreements(people, judges, prompts):
+        raters, kappas = (each.first, each.second), (each.answered, each.classes)
+        rows.append((*map(printable, raters), each.n, f"{each.same:.0%}", *map(_text, kappas)))
     for name, labels in people.items():
         times = Counter(labels.values())
         told = ", ".join(f"{times[label]} {label}" for label in LABELS if times[label])

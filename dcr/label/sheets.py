@@ -203,12 +203,8 @@ def _by_whom(
             f"{file}: row {first}: sheet {shown!r} is none of {', '.join(sheets) or 'these runs'}; "
             "name the run folders that it was drawn from"
         )
-    if (
-        not annotator.isprintable()
-        or len(annotator) > LONGEST_NAME
-        or annotator.startswith(".")
-        or "/" in annotator
-    ):
+    hidden, odd = annotator.startswith("."), "/" in annotator or not annotator.isprintable()
+    if hidden or odd or len(annotator) > LONGEST_NAME:
         shown = single_line(annotator, longest=LONGEST_NAME)
         raise DataError(
             f"{file}: row {first}: annotator {shown!r}; give a name of at most {LONGEST_NAME} "

@@ -98,7 +98,15 @@ def keep(rows: list[Row], out: Path, command: str, commit: str | None = None) ->
         row |= {"command": command, "commit": made_by}
         row |= {"date": row["date"][:10], "measured_by": measured_by[key]}
     table = pd.DataFrame(rows, columns=[*OF, *NUMBER, *FROM], dtype=object)  # gaps make floats
-    _check(table)
+    twice = table[table.duplicated(list(OF), keep=False)]
+    if len(twice):
+        first = twice.iloc[0]
+        told = " ".join(f"{key}={first[key]}" for key in OF if pd.notna(first[key]) and first[key])
+        raise DataError(f"{told}: two evaluations tell it; record the run with one of them")
+    for key in (*OF, *FROM):
+        for value in dict.fromkeys(table[key]):
+            if isinstance(value, str) and PLACE.search(value):
+                raise DataError(f"{key}={value}: names a place on this machine; write <data> there")
     storage.write_text(out, results.csv_text(table))
     print(f"{len(table)} numbers: {out}")
 
@@ -159,16 +167,3 @@ def _from(origin: origins.Origin, of_set: str) -> Row:
     """The origin of a number of one set, or of all sets."""
     prompts = origin.prompts.get(of_set, origin.prompts[""])
     return vars(origin) | {"prompts": prompts}
-
-
-def _check(table: pd.DataFrame) -> None:
-    """Raises DataError for two numbers that nothing tells apart, and for a place on a machine."""
-    twice = table[table.duplicated(list(OF), keep=False)]
-    if len(twice):
-        first = twice.iloc[0]
-        told = " ".join(f"{key}={first[key]}" for key in OF if pd.notna(first[key]) and first[key])
-        raise DataError(f"{told}: two evaluations tell it; record the run with one of them")
-    for key in (*OF, *FROM):
-        for value in dict.fromkeys(table[key]):
-            if isinstance(value, str) and PLACE.search(value):
-                raise DataError(f"{key}={value}: names a place on this machine; write <data> there")
