@@ -51,7 +51,7 @@ class StepClock(Callback):
     rate of a resumed stage is a rate of its last part. Memory is the first process's.
     """
 
-    def __init__(self, run: Run, stage: str, precision: str = "") -> None:
+    def __init__(self, run: Run, stage: str, precision: str) -> None:
         self.run, self.stage, self.precision = run, stage, precision
         self.seconds, self.tokens, self.steps, self.began = 0.0, 0, 0, 0.0
         self.cpu_seconds, self.cpu_began = 0.0, 0.0
@@ -70,22 +70,20 @@ class StepClock(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         seen = torch.tensor(self.tokens, device=trainer.strategy.root_device)
-        self.tokens = int(torch.as_tensor(trainer.strategy.reduce(seen, reduce_op="sum")))
-        if trainer.is_global_zero and self.steps:
-            storage.write_json(self.run.cost_file(self.stage), asdict(self.cost(trainer)))
-
-    def cost(self, trainer: Trainer) -> Cost:
-        """The cost of the steps so far."""
-        on_gpu = trainer.strategy.root_device.type == "cuda"
-        return Cost(
+        tokens = int(torch.as_tensor(trainer.strategy.reduce(seen, reduce_op="sum")))
+        if not trainer.is_global_zero or not self.steps:
+            return
+        device, device_seconds = f"CPU, threads: {torch.get_num_threads()}", self.cpu_seconds
+        if trainer.strategy.root_device.type == "cuda":
+            device, device_seconds = torch.cuda.get_device_name(), self.seconds
+        cost = Cost(
             steps=self.steps,
             seconds=round(self.seconds, 1),
-            tokens=self.tokens,
-            tokens_per_second=round(self.tokens / self.seconds, 1),
+            tokens=tokens,
+            tokens_per_second=round(tokens / self.seconds, 1),
             peak_memory_gib=round(machine.peak_memory_gib(), 2),
-            device=torch.cuda.get_device_name()
-            if on_gpu
-            else f"CPU, threads: {torch.get_num_threads()}",
-            device_seconds=round(self.seconds if on_gpu else self.cpu_seconds, 3),
+            device=device,
+            device_seconds=round(device_seconds, 3),
             precision=self.precision,
         )
+        storage.write_json(self.run.cost_file(self.stage), asdict(cost))
