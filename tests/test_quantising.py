@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from dcr import cli, continuing, export, plan, quantising, resolving, train
 from dcr import eval as evaluation
-from dcr.core import learning, models
+from dcr.core import data, learning, models
 from dcr.core.config import ConfigError, LoraConfig, Precision, Quantization, Stage
 from dcr.core.config.training import stages_of
 from dcr.core.models import folders, structure
@@ -363,7 +363,7 @@ def test_the_page_says_what_the_plan_says(row: tuple[str, ...]) -> None:
     whole = [*command.split(), *told.split()]
     settings = resolving.resolve(cli.compose("train", whole), TrainSettings)
     settings, _ = continuing.with_precisions(settings)
-    drawn, _, _ = plan.expected(settings)
+    drawn = data.rows_of(settings)
     found = [
         sum(
             plan.stage_plan(settings, each, cost.stage_shape(settings, each), drawn).memory.values()
