@@ -171,16 +171,20 @@ def text_of(cell: Cell | None, digits: int = 0) -> str:
         return "–"
     if cell.text:
         return cell.text + cell.marks
-    scale, places, ends = (100, 1, digits) if cell.percent else (1, 2, 2)
+    if cell.percent:
+        return in_numbers(cell, 100, 1, digits) + cell.marks
+    # .61 for 0.61: one more column fits a terminal
+    return re.sub(r"(?<=[\[–])0", "", in_numbers(cell, 1, 2, 2)) + cell.marks
+
+
+def in_numbers(cell: Cell, scale: int, places: int, ends: int) -> str:
+    """A cell's number with so many decimals, and its spread or its interval with `ends`."""
     text = f"{scale * cell.estimate:.{places}f}"
     if cell.spread is not None:
-        text += f" ± {scale * cell.spread:.{places}f}"
-    elif cell.low is not None and cell.high is not None:
-        low, high = (f"{scale * end:.{ends}f}" for end in (cell.low, cell.high))
-        if not cell.percent:  # .61 for 0.61: one more column fits a terminal
-            low, high = low.removeprefix("0"), high.removeprefix("0")
-        text += f" [{low}–{high}]"
-    return text + cell.marks
+        return f"{text} ± {scale * cell.spread:.{places}f}"
+    if cell.low is None or cell.high is None:
+        return text
+    return f"{text} [{scale * cell.low:.{ends}f}–{scale * cell.high:.{ends}f}]"
 
 
 def rows_by_key(

@@ -140,12 +140,7 @@ def number(cell: Cell | None, column: str) -> str:
     if cell is None or cell.text:
         return cell.text if cell else ABSENT
     places = 1 if column == "AlpacaEval" else 2  # as many as the paper prints
-    text = f"{cell.estimate:.{places}f}"
-    if cell.spread is not None:
-        text += f" ± {cell.spread:.{places}f}"
-    elif cell.low is not None and cell.high is not None:
-        text += f" [{cell.low:.{places}f}–{cell.high:.{places}f}]"
-    return text + cell.marks
+    return grids.in_numbers(cell, 1, places, places) + cell.marks
 
 
 @cache
