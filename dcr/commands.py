@@ -27,7 +27,7 @@ COMMANDS = {
     "align": "tune a model of your own, with every choice measured: STL, DCR, page, export",
     "augment": "write the answers that STL-aug learns, each checked; or harmless twins",
     "gate": "train a gate, a classifier in front of a model that refuses toxic prompts",
-    "search": "search the settings of stage one: Pareto front and importances",
+    "search": "search the settings of stage one, with a Pareto front",
     "study": "train and evaluate the jobs of a named study: table and page",
     "frontier": "compare the arms of a plan by generated answers at equal safety",
     "record": "write numbers of runs, with where they come from, into a file of the repository",

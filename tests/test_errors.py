@@ -160,12 +160,12 @@ STUDY = {
     "dcr.epochs=[": "dcr.epochs=[",
 }
 SEARCH = {
-    "dcr.margin=0.4..0.1": "dcr.margin=0.4..0.1: give low..high, low below high",
-    "dcr.margin=0..0.4:log": "with :log both above 0",
-    "dcr.margin=0.1..x": "a space is low..high",
+    "dcr.margin=0.4..0.1": "dcr.margin=0.4..0.1: give low..high with low below high",
+    "dcr.margin=0..0.4:log": "low..high:log with both above 0",
+    "dcr.margin=0.1..x": "dcr.margin=0.1..x: give low..high",
     "dcr.layer=1..3": "dcr.layer=3: the model has blocks 1 to 2",
     "dcr.margni=0.1..0.2": "dcr.margni",
-    "gen.max_new_tokens=3,4": "gen.max_new_tokens: no setting of train.py",
+    "gen.max_new_tokens=3,4": "gen.max_new_tokens: not searched",
     "seed=0,1": "seed: not searched",
     "method=stl": "method=stl: only dcr has a stage one",
     "objectives=auroc,speed": "objectives=auroc,speed: choose from auroc",

@@ -5,21 +5,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from rich.table import Table
+from typing import Any
 
 from dcr import cli, entry, resolving, search, study
-from dcr.core import config, storage
+from dcr.core import config, data, storage
 from dcr.core.config import ConfigError, Method
 from dcr.extensions import TrainSettings
 from dcr.search import OBJECTIVES, Search
 from dcr.study import StudyError
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-ENOUGH = 4  # trials that importances are computed from
 
 
 @dataclass
@@ -29,16 +22,15 @@ class Options:
     Searches layer, margin, scale, epochs, ratio, NLL weight and learning rate of stage one, and
     every setting that is given as a space: dcr.margin=0.1..0.4, dcr.optim.lr=1e-5..1e-3:log,
     dcr.scale=8,16,32; a setting with one value is fixed. Trials are measured on validation prompts
-    of another origin than the training rows. The same command continues after a fault or a
-    kill.
+    of another origin than the training rows. The same command continues after a fault or kill.
     """
 
     trials: int = entry.option("trials of all workers together", 20, least=1)
     workers: int = entry.option("processes, each one trial at a time", 1, least=1)
     objectives: str = entry.option(f"some of {', '.join(OBJECTIVES)}", "auroc,nll,seconds")
     validation: str | None = entry.option(
-        "pairs of sets, <seemingly toxic>:<toxic>,...; not given: the first usual pair that is "
-        "neither tested on nor of the origin of the training rows",
+        "<seemingly toxic>:<toxic>; not given: the first usual pair that is neither tested on nor "
+        "of the origin of the training rows",
         None,
     )
     out: Path = entry.option("where journal, runs and trials.csv lie", Path("outputs/search"))
@@ -50,82 +42,69 @@ class Options:
 def main(options: Options) -> None:
     config.check_installed("optuna", "search", "python -m dcr.search")
     with study.notices_once():
-        asked, point = _resolved(options)
+        asked = resolved(options)
         study.in_fork(lambda: study.check_jobs(asked.corners()))
-        print(*search.words_of(asked.spaces))
-        print(f"validation: {', '.join(map(str, asked.validation))}")
-        if outside := [key for key in asked.spaces if key not in point]:
+        print(*(f"{key}={space.written}" for key, space in asked.spaces.items()))
+        print(f"validation: {asked.validation}")
+        if outside := [key for key in asked.spaces if key not in asked.configured]:
             print(f"not tried as configured: {', '.join(outside)} outside of what is searched")
         if options.plan:
             return
-        from dcr.search import trials
-
         with storage.locked(asked.out):
-            shared = trials.carry_out(asked, options.workers, point)
-    tried = trials.table(asked, shared)
-    whole = tried[tried["ended"] == "complete"]
-    if not len(whole):
-        raise StudyError(f"no trial came to its end: {tried['fault'].iloc[0]}")
+            tried = search.carry_out(asked, options.workers)
+    if all(row["fault"] for row in tried):
+        raise StudyError(f"no trial came to its end: {tried[0]['fault']}")
+    import pandas as pd  # here, since help and a user's error need not wait for it
+
+    from dcr import results
+
     file = asked.out / "trials.csv"
-    from dcr import results  # with pandas, which help and a user's error need not wait for
-
-    storage.write_text(file, results.csv_text(tried))
-    explained = trials.importances(shared, asked.objectives) if len(whole) >= ENOUGH else {}
-    print(_summary(asked, tried, explained), file, sep="\n")
+    storage.write_text(file, results.csv_text(pd.DataFrame(tried)))
+    print(_summary(asked, tried), file, sep="\n")
 
 
-def _resolved(options: Options) -> tuple[Search, dict[str, object]]:
-    """The search that the options ask for, checked, and its point as configured."""
+def resolved(options: Options) -> Search:
+    """The search that the options ask for. Raises UserError for a fault in them."""
     given, fixed = search.parsed(options.settings)
     training, evaluating = study.split_settings(fixed)
     for key in given:
-        if not study.split_settings([f"{key}=0"])[0]:
-            raise ConfigError(f"{key}: no setting of train.py, which alone are searched")
+        if key.split(".")[0] in search.FIXED or not study.split_settings([f"{key}=0"])[0]:
+            raise ConfigError(f"{key}: not searched, since it decides no weights or is the seed")
     settings = resolving.resolve(cli.compose("train", training, Options), TrainSettings)
     resolving.check_extras(settings)  # before each trial fails by it
     if settings.method is not Method.dcr:
         raise ConfigError(f"method={settings.method.value}: only dcr has a stage one to search")
-    objectives, fixed_keys = options.objectives.split(","), {w.partition("=")[0] for w in training}
-    usual, _ = search.parsed(search.usual(settings))
-    spaces = {key: space for key, space in usual.items() if key not in fixed_keys} | given
-    search.check_search(settings, spaces, objectives)
-    asked = Search(
+    spaces, _ = search.parsed([*search.usual(settings), *options.settings])
+    if not spaces:
+        raise ConfigError("nothing to search: every setting has one value; leave one out")
+    objectives = options.objectives.split(",")
+    if len({*objectives} & {*OBJECTIVES}) < len(objectives):
+        known = ", ".join(OBJECTIVES)
+        raise ConfigError(f"objectives={options.objectives}: choose from {known}, each once")
+    if "nll" in objectives and not data.rows_of(settings).normal_heldout:
+        fault = f"objectives=nll: data.validation={settings.data.validation} holds out no row"
+        raise ConfigError(f"{fault}; raise it, lower data.normal.count, or leave nll out")
+    validation = search.validation_of(settings, options.validation)
+    return Search(
         options.out, spaces, tuple(objectives), settings, tuple(training), tuple(evaluating),
-        tuple(search.validation_of(settings, options.validation)), options.trials,
+        validation, options.trials,
     )  # fmt: skip
-    return asked, search.configured(settings, spaces)
 
 
-def _summary(
-    asked: Search, tried: "pd.DataFrame", explained: Mapping[str, Mapping[str, float]]
-) -> str:
-    """The front and the configured trial, the importance of settings, and how trials ended."""
+def _summary(asked: Search, tried: Sequence[Mapping[str, Any]]) -> str:
+    """The front and the configured trial, and how many trials ended in which way."""
     heads = ["trial", "settings", *asked.objectives]
-    tables = [entry.table("Pareto front, validation prompts", heads, names=2)]
-    shown = tried[tried["front"] | (tried["configured"] & tried["fault"].eq(""))]
-    rows: list[dict[str, Any]] = shown.to_dict("records")  # pyright: ignore[reportCallIssue]
-    for row in rows:
-        marks = [] if row["front"] else ["not on it"]
-        marks = ["configured", *marks] if row["configured"] else marks
-        words = " ".join(search.words_of({key: row[key] for key in asked.spaces}, short=True))
-        values = (f"{row[name]:.4g}" for name in asked.objectives)
-        tables[0].add_row(f"{row['trial']} {', '.join(marks)}".strip(), words, *values)
-    if explained:
-        tables.append(_importances(explained, list(asked.spaces)))
-    absent = [name for name in asked.objectives if name not in explained]
-    notes = [f"no importances for {', '.join(absent)}"] if absent else []
-    ends = ", ".join(f"{count} {ended}" for ended, count in Counter(tried["ended"]).items())
-    faults = {fault for fault in tried["fault"] if fault}
-    return entry.plain_text(
-        *tables, f"trials: {ends}", *notes, *(f"failed: {fault}" for fault in faults)
-    )
-
-
-def _importances(explained: Mapping[str, Mapping[str, float]], keys: Sequence[str]) -> Table:
-    table = entry.table("Share of variance that a setting explains (fANOVA)", ["", *explained])
-    for key in keys:
-        table.add_row(key, *(f"{shares.get(key, 0):.2f}" for shares in explained.values()))
-    return table
+    front = entry.table("Pareto front, validation prompts", heads, names=2)
+    for row in tried:
+        if row["front"] or (row["configured"] and not row["fault"]):
+            marks = ["configured"] * row["configured"] + ["not on it"] * (not row["front"])
+            point = search.shown({key: row[key] for key in asked.spaces})
+            values = (f"{row[name]:.4g}" for name in asked.objectives)
+            front.add_row(f"{row['trial']} {', '.join(marks)}".strip(), point, *values)
+    counts = Counter(row["ended"] for row in tried)
+    ends = ", ".join(f"{count} {ended}" for ended, count in counts.items())
+    faults = dict.fromkeys(row["fault"] for row in tried if row["fault"])
+    return entry.plain_text(front, f"trials: {ends}", *(f"failed: {fault}" for fault in faults))
 
 
 if __name__ == "__main__":
