@@ -32,7 +32,7 @@ from dcr.core.models import Policy, structure
 from dcr.core.prompts import IGNORED, ChatFormat
 from dcr.core.training.stages import SFTModule
 from dcr.extensions import TrainSettings
-from dcr.tracking import Quantity, TrackingConfig
+from dcr.tracking import Quantity
 from dcr.tracking import curves as tracking
 from dcr.tracking.curves import MEASURES
 
@@ -104,7 +104,7 @@ def measuring_seconds(
     settings: TrainConfig, policy: Policy, chat: ChatFormat
 ) -> dict[Quantity, float]:
     """Seconds of one measurement of each quantity, under autocast as while training."""
-    tracked = tracking.tracked(settings.node(TrackingConfig), settings.data, settings.seed)
+    tracked = tracking.tracked(settings)
     assert tracked is not None
     found = {}
     with tempfile.TemporaryDirectory() as folder, torch.autocast("cpu", torch.bfloat16):

@@ -53,11 +53,27 @@ class Tracked:
     seed: int
 
 
+def tracked(settings: TrainConfig) -> Tracked | None:
+    """The prompts of every quantity; None where nothing is to be measured.
+
+    Raises ConfigError and DataError as reading sources does.
+    """
+    config = settings.node(TrackingConfig)
+    if not config.quantities:
+        return None
+    every = kinds.every(settings.data)
+    counts = {
+        Quantity.refusal_probability: config.refusal_prob.prompts,
+        Quantity.kernel: config.entk.prompts,
+    }
+    rows = {q: kinds.drawn(every, counts[q], settings.seed) for q in config.quantities}
+    return Tracked(config, rows, kinds.followed(every), settings.seed)
+
+
 def watching(settings: TrainConfig) -> Watched:
     """Trackers and snapshots for the stages of a run, on prompts that are read now.
 
-    Raises ConfigError for parameters and tokens that the model does not have, and ConfigError and
-    DataError as reading sources does.
+    Raises ConfigError for parameters and tokens that the model does not have, and as `tracked`.
     """
     facts, tracking = models.facts(settings.model), settings.node(TrackingConfig)
     kernel = tracking.entk
@@ -67,15 +83,7 @@ def watching(settings: TrainConfig) -> Watched:
             raise ConfigError(
                 f"tracking.entk.top_k={kernel.top_k}: the model has {facts.vocabulary} tokens"
             )
-    found, seed = None, settings.seed
-    if tracking.quantities:
-        counts = {
-            Quantity.refusal_probability: tracking.refusal_prob.prompts,
-            Quantity.kernel: kernel.prompts,
-        }
-        every = kinds.every(settings.data)
-        rows = {q: kinds.drawn(every, counts[q], seed) for q in tracking.quantities}
-        found = Tracked(tracking, rows, kinds.followed(every), seed)
+    found = tracked(settings)
 
     def callbacks(
         run: Run, stage: Stage, policy: Policy, chat: ChatFormat, total: int
