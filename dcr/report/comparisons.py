@@ -121,7 +121,8 @@ def paired_sets(a: Column, b: Column, completions: Completions) -> list[PairedSe
 
 def points(difference: Interval) -> str:
     """`+3.0 [-1.2, +7.0]`: an interval in percentage points."""
-    estimate, low, high = (100 * end for end in vars(difference).values())
+    ends = (difference.estimate, difference.low, difference.high)
+    estimate, low, high = (100 * end for end in ends)
     return f"{estimate:+.1f} [{low:+.1f}, {high:+.1f}]".replace("-", "−")
 
 

@@ -124,7 +124,8 @@ def validation_of(settings: TrainConfig, asked: str | None) -> SourcePair:
     for pair in (*origins.parsed("", HELD_OUT), *origins.usual_tests(settings.data).values()):
         with suppress(ConfigError):
             return _unseen(settings, pair)
-    raise ConfigError("validation: every usual set is trained or tested on; name another pair")
+    cure = "name another pair with validation=<seemingly toxic>:<toxic>"
+    raise ConfigError(f"validation: every usual set is trained or tested on; {cure}")
 
 
 def _unseen(settings: TrainConfig, pair: SourcePair) -> SourcePair:
